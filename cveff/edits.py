@@ -1,0 +1,57 @@
+"""What every `Edit` shares: a structural change to a network as data, JSON in and JSON out, no code.
+
+A method that changes structure adds one line to `_HOME`; `load` replays the edits in order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Mapping
+from typing import Any, ClassVar, Protocol, cast, runtime_checkable
+
+from torch import nn
+
+from cveff.errors import CheckpointError
+
+_HOME = {
+    "reparameterize": "cveff.backbones.reparameterize:Reparameterize",
+    "fold_batch_norm": "cveff.backbones.fold:FoldedBatchNorm",
+}
+
+
+@runtime_checkable
+class Edit(Protocol):
+    """A frozen dataclass whose fields are JSON values and which can repeat its change on a fresh network."""
+
+    kind: ClassVar[str]
+
+    def apply(self, module: nn.Module) -> nn.Module:
+        """Change `module` (it may be modified in place) and return the result."""
+        ...
+
+
+def edit_to_json(edit: Edit) -> dict[str, Any]:
+    """`{"kind": …, field: value, …}`."""
+    return {"kind": edit.kind, **dataclasses.asdict(cast(Any, edit))}
+
+
+def edit_from_json(values: Mapping[str, Any]) -> Edit:
+    """Rebuild an edit from `edit_to_json`'s output.
+
+    Raises:
+        CheckpointError: the kind is unknown (a newer cveff wrote it) or its fields do not fit.
+    """
+    fields = dict(values)
+    kind = fields.pop("kind", None)
+    if kind not in _HOME:
+        raise CheckpointError(f"edit kind {kind!r} is unknown; known: {sorted(_HOME)}. Upgrade cveff to read this model")
+    module, name = _HOME[kind].split(":")
+    try:
+        return cast(Edit, getattr(importlib.import_module(module), name)(**{k: _frozen(v) for k, v in fields.items()}))
+    except TypeError as error:
+        raise CheckpointError(f"edit {kind!r} has fields that do not fit: {error}") from error
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(_frozen(item) for item in value) if isinstance(value, list) else value

@@ -1,0 +1,312 @@
+"""`Model` = architecture's name + edits + weights. Build it, save it, load it; no pickles are written or read."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import cveff.backbones  # noqa: F401  (registers cveff's own architectures with timm)
+from cveff.edits import Edit, edit_from_json, edit_to_json
+from cveff.errors import CheckpointError, CveffError, UnknownModelError
+from cveff.files import atomic_folder, write_json
+from cveff.runtime.input_spec import InputSpec
+
+Task = Literal["classification"]
+
+CHECKPOINT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Everything about a model but its weights; JSON both ways.
+
+    Attributes:
+        architecture: a timm name, or one of cveff's own (`cveff models`).
+        arguments: keyword arguments of `timm.create_model`, JSON values only (`num_classes`, `in_chans`, …).
+        input: what the exported file takes.
+        labels: one name a class, in the order of the logits.
+        edits: structural changes, in the order they were made.
+    """
+
+    architecture: str
+    arguments: Mapping[str, Any]
+    input: InputSpec
+    task: Task = "classification"
+    labels: tuple[str, ...] = ()
+    edits: tuple[Edit, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """The spec as plain JSON values; `from_json` is its inverse."""
+        return {
+            "architecture": self.architecture,
+            "arguments": dict(self.arguments),
+            "input": self.input.to_json(),
+            "task": self.task,
+            "labels": list(self.labels),
+            "edits": [edit_to_json(edit) for edit in self.edits],
+        }
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> ModelSpec:
+        """Rebuild a spec from `to_json`'s output.
+
+        Raises:
+            CheckpointError: a key is missing or a value does not fit.
+        """
+        try:
+            task = values["task"]
+            if task not in get_args(Task):
+                raise CheckpointError(f"task {task!r} is unknown; known: {get_args(Task)}")
+            return cls(
+                architecture=values["architecture"],
+                arguments=dict(values["arguments"]),
+                input=InputSpec.from_json(values["input"]),
+                task=task,
+                labels=tuple(values["labels"]),
+                edits=tuple(edit_from_json(edit) for edit in values["edits"]),
+            )
+        except KeyError as error:
+            raise CheckpointError(f"model description lacks the key {error}; it was not written by cveff.save") from None
+
+
+@dataclass
+class Model:
+    """A `ModelSpec` and the network built from it.
+
+    `module` takes float (N, C, H, W), already normalised, and returns logits (N, classes).
+    """
+
+    spec: ModelSpec
+    module: nn.Module = field(repr=False)
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of parameters, batch-norm statistics not counted."""
+        return sum(parameter.numel() for parameter in self.module.parameters())
+
+
+def create(
+    architecture: str,
+    num_classes: int | None = None,
+    *,
+    labels: Sequence[str] | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    channels: int = 3,
+    input: InputSpec | None = None,
+    weights: str | Path | None = None,
+    pretrained: bool = False,
+    **arguments: Any,
+) -> Model:
+    """Build a model by name.
+
+    Args:
+        architecture: any timm model name, or one of cveff's own.
+        num_classes: number of logits; by default the number of `labels`, or what the architecture has.
+        labels: one name a class; by default "0", "1", ….
+        image_size: side in pixels, or (height, width); by default what the architecture was designed for.
+        channels: 1 or 3.
+        input: the whole `InputSpec`, in place of `image_size` and `channels`; by default timm's mean, std,
+            interpolation and crop for this architecture.
+        weights: a `.safetensors`, `.pth`, `.pt` or `.bin` state dict (pickles are read with
+            `weights_only=True`), loaded strictly.
+        pretrained: let timm download its weights (needs a network).
+        **arguments: passed to `timm.create_model` and kept in the spec; JSON values only.
+
+    Raises:
+        UnknownModelError: no such architecture; the message lists close matches.
+        CheckpointError: `weights` is damaged or belongs to another architecture.
+    """
+    if timm.is_model(architecture) is False:
+        raise UnknownModelError(_unknown_model(architecture))
+    if labels is not None and num_classes is None:
+        num_classes = len(labels)
+    if labels is not None and len(labels) != num_classes:
+        raise CveffError(f"{len(labels)} labels were given for {num_classes} classes; give one a class")
+    if num_classes is not None:
+        arguments["num_classes"] = num_classes
+    if input is not None:
+        image_size, channels = input.size, input.channels
+    if channels != 3:
+        arguments["in_chans"] = channels
+    size = (image_size, image_size) if isinstance(image_size, int) else image_size
+    module, arguments = _build_for_size(architecture, arguments, size, pretrained)
+    config: Mapping[str, Any] = getattr(module, "pretrained_cfg", {})
+    if input is None:
+        input = _input_spec(config, size, channels)
+    classes = int(getattr(module, "num_classes", 0) or num_classes or 0)
+    spec = ModelSpec(
+        architecture=architecture,
+        arguments=arguments,
+        input=input,
+        labels=tuple(labels) if labels is not None else tuple(str(index) for index in range(classes)),
+    )
+    model = Model(spec, module)
+    if weights is not None:
+        load_weights(module, weights, architecture)
+    return model
+
+
+def build(spec: ModelSpec) -> Model:
+    """Build `spec`'s architecture with fresh weights and replay its edits."""
+    if timm.is_model(spec.architecture) is False:
+        raise UnknownModelError(_unknown_model(spec.architecture))
+    module = timm.create_model(spec.architecture, **spec.arguments)
+    for edit in spec.edits:
+        module = edit.apply(module)
+    return Model(spec, module)
+
+
+def save(model: Model, path: str | Path) -> None:
+    """Write `model` as a folder of `model.json` and `weights.safetensors`, atomically.
+
+    Raises:
+        CveffError: the folder cannot be written.
+    """
+    # Tied weights share storage, which safetensors refuses; copies load back to the same values.
+    state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.module.state_dict().items()}
+    with atomic_folder(path) as folder:
+        save_file(state, str(folder / "weights.safetensors"))
+        write_json(folder / "model.json", {"checkpoint_version": CHECKPOINT_VERSION, **model.spec.to_json()})
+
+
+def load(path: str | Path) -> Model:
+    """Read what `save` wrote: build the architecture, replay the edits, load the weights strictly.
+
+    Raises:
+        CheckpointError: the folder is missing, incomplete, damaged, or newer than this program.
+    """
+    path = Path(path)
+    description = path / "model.json"
+    if not description.is_file():
+        raise CheckpointError(
+            f"{path} is not a saved model (no model.json); give a folder written by cveff.save or `cveff train`"
+        )
+    try:
+        values = json.loads(description.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{description} is not valid JSON ({error}); the checkpoint is damaged") from error
+    version = values.get("checkpoint_version")
+    if not isinstance(version, int) or version > CHECKPOINT_VERSION:
+        raise CheckpointError(
+            f"{path} has checkpoint version {version!r}, this cveff reads up to {CHECKPOINT_VERSION}; upgrade cveff"
+        )
+    model = build(ModelSpec.from_json(values))
+    load_weights(model.module, path / "weights.safetensors", model.spec.architecture)
+    model.module.eval()
+    return model
+
+
+def with_module(model: Model, module: nn.Module, *edits: Edit) -> Model:
+    """A `Model` of `module`, with `edits` appended to the spec's."""
+    return Model(replace(model.spec, edits=(*model.spec.edits, *edits)), module)
+
+
+def load_weights(module: nn.Module, path: str | Path, name: str = "the model") -> None:
+    """Load a state dict file into `module`, strictly.
+
+    Args:
+        path: `.safetensors`, or a pickle read with `weights_only=True`; a dict under "state_dict" or "model"
+            is unwrapped and a "module." prefix removed.
+        name: what to call the architecture in an error.
+
+    Raises:
+        CheckpointError: missing or damaged file, or tensors that do not fit; the first few are named.
+    """
+    state = read_state(path)
+    own = module.state_dict()
+    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    wrong = [
+        f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
+        for key in own
+        if key in state and state[key].shape != own[key].shape
+    ]
+    if missing or unexpected or wrong:
+        parts = [
+            f"{len(values)} {what} ({', '.join(values[:3])}{', …' if len(values) > 3 else ''})"
+            for what, values in (("missing", missing), ("unexpected", unexpected), ("of another shape", wrong))
+            if values
+        ]
+        raise CheckpointError(
+            f"{path} does not fit {name}: tensors {'; '.join(parts)}. Check the architecture's name, "
+            "num_classes, channels and image size"
+        )
+    module.load_state_dict(state, strict=True)
+
+
+def read_state(path: str | Path) -> dict[str, torch.Tensor]:
+    """Read a state dict without running any code from it; see `load_weights`."""
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"weights file {path} does not exist; check the path")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(str(path))
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, RuntimeError, EOFError, ValueError, OSError, KeyError) as error:
+        raise CheckpointError(f"{path} is damaged or truncated ({_first_line(error)}); copy it again") from error
+    except Exception as error:
+        if type(error).__name__ != "UnpicklingError":
+            raise
+        raise CheckpointError(
+            f"{path} is not a plain state dict ({_first_line(error)}); save model.state_dict() and load that"
+        ) from error
+    for key in ("state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise CheckpointError(f"{path} does not hold a state dict of tensors; save model.state_dict() and load that")
+    return {re.sub(r"^module\.", "", key): value for key, value in state.items()}
+
+
+def _build_for_size(
+    architecture: str, arguments: dict[str, Any], size: tuple[int, int] | None, pretrained: bool
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Pass `img_size` to architectures built for one size (ViT, Swin, mixers), and not to the others."""
+    if size is not None and "img_size" not in arguments:
+        sized = {**arguments, "img_size": list(size)}
+        try:
+            return timm.create_model(architecture, pretrained=pretrained, **sized), sized
+        except TypeError as error:
+            if "img_size" not in str(error):
+                raise
+    try:
+        return timm.create_model(architecture, pretrained=pretrained, **arguments), arguments
+    except TypeError as error:
+        raise CveffError(f"{architecture} does not take these arguments: {error}") from error
+
+
+def _input_spec(config: Mapping[str, Any], size: tuple[int, int] | None, channels: int) -> InputSpec:
+    mean, std = config.get("mean", (0.5,) * 3), config.get("std", (0.5,) * 3)
+    if len(mean) != channels:
+        mean, std = (sum(mean) / len(mean),) * channels, (sum(std) / len(std),) * channels
+    default = config.get("input_size", (3, 224, 224))[1:]
+    interpolation = config.get("interpolation", "bicubic")
+    return InputSpec(
+        size=(int((size or default)[0]), int((size or default)[1])),
+        channels=channels,
+        mean=tuple(mean),
+        std=tuple(std),
+        interpolation=interpolation if interpolation in ("bilinear", "bicubic", "nearest") else "bicubic",
+        crop=float(config.get("crop_pct", 0.875)),
+    )
+
+
+def _unknown_model(name: str) -> str:
+    close = difflib.get_close_matches(name, timm.list_models(), n=5, cutoff=0.5)
+    hint = f"did you mean {', '.join(close)}?" if close else "`cveff models` lists them."
+    return f"no architecture is called {name!r}; {hint}"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,97 @@
+"""`Target`: the device a model is built for, as data: engines to try, precisions, threads, batch sizes."""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from cveff.errors import TargetError
+
+_PROFILES = Path(__file__).parent / "export" / "targets"
+
+
+@dataclass(frozen=True)
+class Target:
+    """A device profile.
+
+    Attributes:
+        name, description: for people.
+        candidates: (engine, precision) pairs that `deploy` builds, measures and chooses from. Engines:
+            "onnxruntime", "openvino"; precisions: "fp32", "bf16", "int8".
+        threads: threads of the engine; 0 means every core this process may use.
+        batch_sizes: batch sizes that are measured; the first decides which candidate is fastest.
+        memory_mb: limit on the peak resident memory of a fresh process that runs the file, in MiB; 0: none.
+    """
+
+    name: str
+    description: str
+    candidates: tuple[tuple[str, str], ...]
+    threads: int = 0
+    batch_sizes: tuple[int, ...] = (1, 8)
+    memory_mb: int = 0
+
+    @property
+    def num_threads(self) -> int:
+        """Threads to use on this machine."""
+        return self.threads or len(os.sched_getaffinity(0))
+
+
+def load_target(target: str | Path | Target) -> Target:
+    """A profile by name (`export/targets/NAME.toml`) or from a user's own TOML file.
+
+    Raises:
+        TargetError: no such profile, or a key is unknown or has a wrong type.
+    """
+    if isinstance(target, Target):
+        return target
+    path = Path(target) if str(target).endswith(".toml") else _PROFILES / f"{target}.toml"
+    if not path.is_file():
+        raise TargetError(f"no target profile {str(target)!r}; known: {', '.join(target_names())}, or a .toml file")
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise TargetError(f"{path}: not valid TOML: {error}") from error
+    return _validated(values, path)
+
+
+def target_names() -> list[str]:
+    """Names of the profiles that come with cveff."""
+    return sorted(path.stem for path in _PROFILES.glob("*.toml"))
+
+
+def _validated(values: dict[str, Any], path: Path) -> Target:
+    unknown = set(values) - {item.name for item in fields(Target)}
+    if unknown:
+        raise TargetError(f"{path}: unknown keys {sorted(unknown)}")
+    for key in ("name", "description", "candidates"):
+        if key not in values:
+            raise TargetError(f"{path}: {key} is missing")
+    pairs = []
+    for pair in values["candidates"]:
+        if not isinstance(pair, list) or len(pair) != 2 or pair[0] not in ("onnxruntime", "openvino") or pair[1] not in (
+            "fp32",
+            "bf16",
+            "int8",
+        ):
+            raise TargetError(
+                f"{path}: candidates holds {pair!r}; give [engine, precision] with engine onnxruntime or openvino "
+                "and precision fp32, bf16 or int8"
+            )
+        pairs.append((pair[0], pair[1]))
+    sizes = tuple(values.get("batch_sizes", (1, 8)))
+    if not sizes or any(not isinstance(size, int) or size < 1 for size in sizes):
+        raise TargetError(f"{path}: batch_sizes is {list(sizes)!r}; give positive integers")
+    for key in ("threads", "memory_mb"):
+        if not isinstance(values.get(key, 0), int) or values.get(key, 0) < 0:
+            raise TargetError(f"{path}: {key} is {values[key]!r}; give an integer of 0 or more")
+    return Target(
+        name=str(values["name"]),
+        description=str(values["description"]),
+        candidates=tuple(pairs),
+        threads=values.get("threads", 0),
+        batch_sizes=sizes,
+        memory_mb=values.get("memory_mb", 0),
+    )

@@ -1,0 +1,1 @@
+"""Own kernels, one folder an operation: reference, CPU and GPU implementations behind one dispatcher."""
