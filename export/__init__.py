@@ -1,0 +1,24 @@
+"""Export, quantize, measure, verify and bundle. Calling the package itself exports: `cveff.export(model, path)`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cveff.model import Model
+
+
+class _CallablePackage(ModuleType):
+    """`cveff.export` is a verb and a room; importing the room must not take the verb away."""
+
+    def __call__(self, model: Model, path: str | Path, *, opset: int | None = None, check: bool = True) -> Path:
+        """Write `model` as an ONNX file; see `cveff.export.onnx.export`."""
+        from cveff.export.onnx import OPSET, export
+
+        return export(model, path, opset=OPSET if opset is None else opset, check=check)
+
+
+sys.modules[__name__].__class__ = _CallablePackage

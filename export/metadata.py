@@ -1,0 +1,46 @@
+"""What an ONNX file says about itself: `metadata_props`, read back by any ONNX tool without cveff."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import onnx
+
+import cveff
+from cveff.model import ModelSpec
+
+
+def write_metadata(proto: onnx.ModelProto, spec: ModelSpec) -> None:
+    """Put version, architecture, task, input and labels into `proto`, in place, and remove the exporter's notes.
+
+    The exporter records the Python source lines of every node: they would leak the paths of the machine that
+    exported, and on a small model outweigh the graph.
+    """
+    for item in (*proto.graph.node, *proto.graph.initializer, *proto.graph.value_info, proto.graph):
+        del item.metadata_props[:]
+        item.doc_string = ""
+    for item in (*proto.graph.input, *proto.graph.output):
+        del item.metadata_props[:]
+    proto.producer_name, proto.producer_version = "cveff", cveff.__version__
+    proto.doc_string = ""
+    proto.graph.name = spec.architecture
+    onnx.helper.set_model_props(
+        proto,
+        {
+            "cveff_version": cveff.__version__,
+            "architecture": spec.architecture,
+            "task": spec.task,
+            "input": json.dumps(spec.input.to_json()),
+            "labels": json.dumps(list(spec.labels), ensure_ascii=False),
+        },
+    )
+
+
+def read_metadata(proto: onnx.ModelProto) -> dict[str, Any]:
+    """`{"cveff_version", "architecture", "task", "input", "labels"}`, JSON decoded; empty for a foreign file."""
+    values: dict[str, Any] = {item.key: item.value for item in proto.metadata_props}
+    for key in ("input", "labels"):
+        if key in values:
+            values[key] = json.loads(values[key])
+    return values

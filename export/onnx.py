@@ -1,0 +1,169 @@
+"""A `Model` as one ONNX file: uint8 NHWC `images` in, float32 `logits` out, any batch size, proven equal to PyTorch."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+from torch import nn
+
+from cveff.errors import ExportError
+from cveff.export.metadata import write_metadata
+from cveff.export.normalize import NormalizedModel
+from cveff.export.simplify import simplify
+from cveff.files import atomic_path
+from cveff.model import Model
+
+OPSET = 20
+TOLERANCE = 1e-4
+"""Largest allowed max|onnx - torch| / max|torch| over the logits."""
+MAX_BYTES = 2**31 - 2**20
+"""protobuf cannot hold more; the graph itself is given one MiB."""
+
+
+def export(model: Model, path: str | Path, *, opset: int = OPSET, check: bool = True) -> Path:
+    """Write `model` as an ONNX file.
+
+    The graph has one input `images` (N, H, W, C) uint8 with dynamic N, and one output `logits` (N, classes)
+    float32. `model` is left as it was: a copy is exported, in evaluation mode, on the CPU.
+
+    Args:
+        path: the file to write, atomically; conventionally `*.onnx`.
+        opset: version of the ONNX operator set.
+        check: run the file with ONNX Runtime at batch 1 and 3 and compare it with PyTorch.
+
+    Returns:
+        `path`.
+
+    Raises:
+        ExportError: the exporter cannot express the network, the result is not valid ONNX, it is larger than
+            2 GB, or its logits differ from PyTorch's by more than `TOLERANCE`.
+    """
+    path = Path(path)
+    _refuse_too_large(model)
+    network = NormalizedModel(copy.deepcopy(model.module).cpu().float(), model.spec.input).eval()
+    proto = _trace(network, model, opset)
+    proto = simplify(proto)
+    write_metadata(proto, model.spec)
+    _check_onnx(proto, model)
+    serialized = proto.SerializeToString()
+    if check:
+        check_agreement(serialized, network, model)
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(serialized)
+    return path
+
+
+def check_agreement(serialized: bytes, network: nn.Module, model: Model) -> float:
+    """Compare an ONNX file with PyTorch at batch 1 and 3.
+
+    Args:
+        serialized: the ONNX file.
+        network: takes (N, H, W, C) uint8.
+
+    Returns:
+        max|onnx - torch| / max|torch| over all logits.
+
+    Raises:
+        ExportError: the difference is above `TOLERANCE` or not finite.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(serialized, options, providers=["CPUExecutionProvider"])
+    worst = 0.0
+    for batch in (1, 3):
+        images = example_images(batch, model)
+        with torch.inference_mode():
+            expected = network(torch.from_numpy(images)).numpy()
+        (logits,) = session.run(["logits"], {"images": images})
+        if logits.shape != expected.shape:
+            raise ExportError(
+                f"{model.spec.architecture}: the ONNX file returns logits of shape {logits.shape} for a batch of "
+                f"{batch}, PyTorch {expected.shape}; the network fixes its batch size somewhere"
+            )
+        difference = float(np.abs(logits - expected).max() / max(float(np.abs(expected).max()), 1e-30))
+        worst = max(worst, difference) if np.isfinite(difference) else float("inf")
+    if not worst <= TOLERANCE:
+        raise ExportError(
+            f"{model.spec.architecture}: the ONNX file's logits differ from PyTorch's by {worst:.2e} of the largest "
+            f"logit, more than {TOLERANCE:.0e}; the file was not written"
+        )
+    return worst
+
+
+def example_images(count: int, model: Model, seed: int = 0) -> np.ndarray:
+    """Smooth random pictures with some noise, (count, H, W, C) uint8: natural images' statistics, roughly."""
+    generator = np.random.default_rng(seed)
+    (height, width), channels = model.spec.input.size, model.spec.input.channels
+    coarse = generator.uniform(0, 255, (count, channels, 6, 6)).astype(np.float32)
+    smooth = nn.functional.interpolate(torch.from_numpy(coarse), (height, width), mode="bicubic").numpy()
+    noisy = smooth + generator.normal(0, 12, smooth.shape)
+    return np.ascontiguousarray(noisy.clip(0, 255).round().astype(np.uint8).transpose(0, 2, 3, 1))
+
+
+def _trace(network: nn.Module, model: Model, opset: int) -> onnx.ModelProto:
+    example = torch.from_numpy(example_images(2, model))
+    try:
+        with quiet_exporter(), torch.inference_mode(False), torch.no_grad():
+            program = torch.onnx.export(
+                network,
+                (example,),
+                dynamo=True,
+                input_names=["images"],
+                output_names=["logits"],
+                dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
+                opset_version=opset,
+                verbose=False,
+            )
+    except Exception as error:  # noqa: BLE001  (the exporter raises whatever a layer raises; it is named and chained)
+        raise ExportError(f"{model.spec.architecture} cannot be exported to ONNX: {first_line(error)}") from error
+    if program is None:
+        raise ExportError(f"{model.spec.architecture} cannot be exported to ONNX: the exporter returned nothing")
+    return program.model_proto
+
+
+def _check_onnx(proto: onnx.ModelProto, model: Model) -> None:
+    try:
+        onnx.checker.check_model(proto, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ExportError(f"{model.spec.architecture}: the exported graph is not valid ONNX: {first_line(error)}") from error
+
+
+def _refuse_too_large(model: Model) -> None:
+    size = sum(tensor.numel() * 4 for tensor in model.module.state_dict().values())
+    if size > MAX_BYTES:
+        raise ExportError(
+            f"{model.spec.architecture} has {size / 2**30:.2f} GiB of weights; one ONNX file holds at most 2 GiB. "
+            "Use a smaller model"
+        )
+
+
+@contextmanager
+def quiet_exporter() -> Iterator[None]:
+    """Silence the exporter's warnings and log lines; its errors still raise."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "torch.fx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error that says something, or its type."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    return next((line for line in lines if line), type(error).__name__)
