@@ -1,0 +1,39 @@
+"""Checks on calibration images, shared by every quantizer, and their walk in small batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import onnx
+
+from cveff.errors import ExportError
+
+BATCH = 4
+"""Images a calibration step runs at once: every activation of a batch is in memory at the same time."""
+
+
+def check_calibration(images: np.ndarray, proto: onnx.ModelProto) -> None:
+    """Refuse calibration images that the graph could not take.
+
+    Raises:
+        ExportError: not uint8, not (N, H, W, C) of the graph's size, or empty.
+    """
+    if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.ndim != 4:
+        what = f"an array {images.shape} of {images.dtype}" if isinstance(images, np.ndarray) else type(images).__name__
+        raise ExportError(f"calibration images are {what}; give uint8 (N, H, W, C)")
+    if len(images) == 0:
+        raise ExportError("there are no calibration images; give at least one, better 100 to 500")
+    (graph_input,) = proto.graph.input
+    sides = [dim.dim_value for dim in graph_input.type.tensor_type.shape.dim][1:]
+    if list(images.shape[1:]) != sides:
+        raise ExportError(
+            f"calibration images are {images.shape[1]}×{images.shape[2]}×{images.shape[3]} (H×W×C), the model takes "
+            f"{'×'.join(map(str, sides))}; pass them through runtime.preprocess first"
+        )
+
+
+def batches(images: np.ndarray, size: int = BATCH) -> Iterator[np.ndarray]:
+    """`images` in order, at most `size` at a time."""
+    for start in range(0, len(images), size):
+        yield images[start : start + size]

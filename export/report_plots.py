@@ -1,0 +1,222 @@
+"""Plots of the report as SVG text: no script, no font, no file from elsewhere; colours follow the page's theme.
+
+Every user-given string is escaped here; numbers are formatted here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Literal
+
+import numpy as np
+
+Standing = Literal["chosen", "kept", "rejected", "reference"]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One candidate on the accuracy–latency plot: `x` in milliseconds, `y` a share (0..1)."""
+
+    name: str
+    x: float
+    y: float
+    standing: Standing
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One bar: `value` is a relative difference, `note` is shown on hovering."""
+
+    name: str
+    value: float
+    note: str = ""
+
+
+def accuracy_latency(points: Sequence[Point], y_label: str, x_label: str, limit: float | None = None) -> str:
+    """Scatter of candidates.
+
+    Args:
+        y_label, x_label: what the axes show.
+        limit: share below which a candidate is rejected, drawn as a dashed line.
+    """
+    width, height = 760, 400
+    left, right, top, bottom = 64, 170, 16, 48
+    xs = [point.x for point in points]
+    ys = [point.y for point in points] + ([limit] if limit is not None else [])
+    x_ticks, x_position = _x_axis(xs, left, width - right)
+    y_low, y_high = _padded(min(ys), max(ys), smallest=0.01)
+    y_ticks = [tick for tick in _linear_ticks(100 * y_low, 100 * y_high) if tick <= 100]
+
+    def y_position(share: float) -> float:
+        return height - bottom - (share - y_low) / (y_high - y_low) * (height - bottom - top)
+
+    parts = []
+    for tick in y_ticks:
+        y = y_position(tick / 100)
+        parts.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(_text(left - 8, y + 4, f"{tick:g}%", "end"))
+    for tick in x_ticks:
+        x = x_position(tick)
+        parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{height - bottom}"/>')
+        parts.append(_text(x, height - bottom + 18, f"{tick:g}", "middle"))
+    parts.append(_text((left + width - right) / 2, height - 8, x_label, "middle"))
+    parts.append(f'<g transform="rotate(-90 14 {(top + height - bottom) / 2})">')
+    parts.append(_text(14, (top + height - bottom) / 2, y_label, "middle") + "</g>")
+    if limit is not None:
+        y = y_position(limit)
+        parts.append(f'<line class="limit" x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(_text(left + 6, y - 5, "accuracy limit", "start"))
+    centres = [(x_position(point.x), y_position(point.y)) for point in points]
+    label_ys = _apart([y for _, y in centres], 17, top + 8, height - bottom)
+    for point, (x, y), label_y in zip(points, centres, label_ys, strict=True):
+        label_x = width - right + 22
+        title = f"{point.name}: {point.x:.3g} ms, {100 * point.y:.2f}%" + (f"; {point.note}" if point.note else "")
+        parts.append(
+            f'<g class="point {point.standing}"><title>{escape(title)}</title>'
+            f'<path class="leader" d="M{x + 8:.1f} {y:.1f} L{width - right + 4} {label_y:.1f} H{label_x - 4}"/>'
+            f"{_mark(point.standing, x, y)}{_text(label_x, label_y + 4, point.name, 'start')}</g>"
+        )
+    return _svg("".join(parts), width, height, f"{y_label} against {x_label}, one mark a candidate")
+
+
+def layer_bars(bars: Sequence[Bar], description: str) -> str:
+    """Horizontal bars of relative differences on a logarithmic scale, in the given (execution) order."""
+    row, left, width = 18, 250, 760
+    height = row * len(bars) + 40
+    values = [max(bar.value, 1e-8) for bar in bars]
+    low = math.floor(math.log10(min(values)))
+    high = max(low + 1, math.ceil(math.log10(max(values))))
+
+    def x_position(value: float) -> float:
+        return left + (math.log10(max(value, 10.0**low)) - low) / (high - low) * (width - left - 60)
+
+    parts = []
+    for power in range(low, high + 1):
+        x = x_position(10.0**power)
+        parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="4" y2="{height - 30}"/>')
+        parts.append(_text(x, height - 14, f"{10.0**power:g}", "middle"))
+    for index, bar in enumerate(bars):
+        y = 6 + index * row
+        name = bar.name if len(bar.name) <= 36 else "…" + bar.name[-35:]
+        length = max(1.0, x_position(bar.value) - left)
+        parts.append(
+            f"<g><title>{escape(bar.name)}: {bar.value:.2e}{escape('; ' + bar.note if bar.note else '')}</title>"
+            f'{_text(left - 8, y + 12, name, "end")}<rect class="bar" x="{left}" y="{y}" width="{length:.1f}" '
+            f'height="{row - 5}" rx="2"/>{_text(left + length + 6, y + 12, f"{bar.value:.1e}", "start")}</g>'
+        )
+    return _svg("".join(parts), width, height, description)
+
+
+def confusion_matrix(counts: np.ndarray, labels: Sequence[str]) -> str:
+    """Heat map of a confusion matrix.
+
+    Args:
+        counts: (classes, classes) int, rows are the true classes.
+        labels: one a class.
+    """
+    classes = len(labels)
+    cell = max(14, min(40, 560 // classes))
+    left, top = 130, 96
+    size = cell * classes
+    totals = np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    shares = counts / totals
+    parts = []
+    for row in range(classes):
+        y = top + row * cell
+        parts.append(_text(left - 8, y + cell / 2 + 4, _short(labels[row]), "end"))
+        x = left + row * cell + cell / 2
+        parts.append(f'<g transform="rotate(-50 {x:.1f} {top - 8})">{_text(x, top - 8, _short(labels[row]), "start")}</g>')
+        for column in range(classes):
+            count, share = int(counts[row, column]), float(shares[row, column])
+            x = left + column * cell
+            kind = "right" if row == column else "wrong"
+            # Errors are rare, so their shade grows with the root of the share: one in a hundred must be visible.
+            shade = 0.0 if count == 0 else 0.12 + 0.88 * math.sqrt(share)
+            title = f"{labels[row]} taken for {labels[column]}: {count} of {int(totals[row, 0])}"
+            parts.append(
+                f'<g><title>{escape(title)}</title><rect class="cell" x="{x}" y="{y}" width="{cell}" height="{cell}"/>'
+                f'<rect class="{kind}" x="{x}" y="{y}" width="{cell}" height="{cell}" fill-opacity="{shade:.2f}"/>'
+            )
+            if count and cell >= 22:
+                tone = " inverse" if shade > 0.55 else ""
+                parts.append(
+                    f'<text class="count{tone}" x="{x + cell / 2}" y="{y + cell / 2 + 4}" '
+                    f'text-anchor="middle">{count}</text>'
+                )
+            parts.append("</g>")
+    parts.append(_text(left + size / 2, top + size + 20, "predicted (columns) against true (rows)", "middle"))
+    return _svg("".join(parts), left + size + 90, top + size + 32, "Confusion matrix of the deployed model")
+
+
+def _x_axis(values: Sequence[float], start: float, end: float) -> tuple[list[float], Callable[[float], float]]:
+    """Ticks and position function: linear from zero, or logarithmic where the values span more than a factor 6."""
+    low, high = min(values), max(values)
+    if low > 0 and high / low > 6:
+        log_low, log_high = math.log10(low * 0.85), math.log10(high * 1.15)
+
+        def logarithmic(value: float) -> float:
+            return start + (math.log10(value) - log_low) / (log_high - log_low) * (end - start)
+
+        powers = range(math.floor(log_low), math.ceil(log_high) + 1)
+        ticks = [step * 10.0**power for power in powers for step in (1, 2, 5)]
+        return [tick for tick in ticks if 10**log_low <= tick <= 10**log_high], logarithmic
+    top = high * 1.1 or 1.0
+
+    def linear(value: float) -> float:
+        return start + value / top * (end - start)
+
+    return _linear_ticks(0, top), linear
+
+
+def _linear_ticks(low: float, high: float, count: int = 6) -> list[float]:
+    step = 10.0 ** math.floor(math.log10((high - low) / count))
+    step *= next(factor for factor in (1, 2, 5, 10) if (high - low) / (step * factor) <= count)
+    first = math.ceil(low / step - 1e-9)
+    return [round(step * index, 10) for index in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def _padded(low: float, high: float, smallest: float) -> tuple[float, float]:
+    room = max(high - low, smallest) * 0.15
+    middle, half = (low + high) / 2, max(high - low, smallest) / 2 + room
+    return middle - half, middle + half
+
+
+def _apart(positions: Sequence[float], distance: float, low: float, high: float) -> list[float]:
+    """Move positions as little as needed so that neighbours are `distance` apart, keeping their order."""
+    order = sorted(range(len(positions)), key=lambda index: positions[index])
+    placed = [0.0] * len(positions)
+    previous = low - distance
+    for index in order:
+        placed[index] = previous = max(positions[index], previous + distance)
+    overflow = previous - high
+    ceiling = high
+    if overflow > 0:
+        for index in reversed(order):
+            placed[index] = min(placed[index], ceiling)
+            ceiling = placed[index] - distance
+    return placed
+
+
+def _mark(standing: Standing, x: float, y: float) -> str:
+    if standing == "reference":
+        return f'<path class="mark" d="M{x:.1f} {y - 7:.1f} l7 7 l-7 7 l-7 -7 z"/>'
+    return f'<circle class="mark" cx="{x:.1f}" cy="{y:.1f}" r="{8 if standing == "chosen" else 6}"/>'
+
+
+def _text(x: float, y: float, text: str, anchor: str) -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+
+
+def _short(label: str, length: int = 16) -> str:
+    return label if len(label) <= length else label[: length - 1] + "…"
+
+
+def _svg(body: str, width: float, height: float, description: str) -> str:
+    return (
+        f'<svg viewBox="0 0 {width:.0f} {height:.0f}" role="img" aria-label="{escape(description)}" '
+        f'style="max-width:{width:.0f}px">{body}</svg>'
+    )
