@@ -1,4 +1,4 @@
-"""Models that come with cveff: `cards()` lists them with their figures, `load(name)` builds one with weights."""
+"""Models that come with cveff: `cards()` lists them and their figures, `load(name)` builds one with weights."""
 
 from __future__ import annotations
 
