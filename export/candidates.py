@@ -1,9 +1,10 @@
 """What `deploy` measured of each (engine, precision), and the rule that picks one. Pure functions, no files.
 
 The rule. A candidate is out when it could not be built, gives values that are not finite, loses more than the
-limit, or needs more memory than the target has. Of the rest the fastest at the target's first batch size wins.
-Candidates whose time cannot be told from the fastest's (`TIE_RATIO` and the confidence interval of the paired
-ratio) are tied with it, and a tie goes to the more accurate, then the smaller file, then the smaller median.
+limit, or needs more memory than the target has. Of the rest the fastest at the target's first batch size
+wins. Candidates within `SAME_RATIO` of the fastest, or within `TIE_RATIO` and indistinguishable from it (the
+paired ratio's 95% interval reaches 1), are tied with it; a tie goes to the more accurate, then the smaller
+file, then the smaller median.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from typing import Any
 
 from cveff.errors import TargetError
 
+SAME_RATIO = 1.01
+"""Up to this median ratio to the fastest nobody notices the difference, even where it can be measured."""
 TIE_RATIO = 1.03
 """Past this median ratio to the fastest a candidate is slower, however wide the confidence interval is."""
 
@@ -73,7 +76,8 @@ class Candidate:
         peak_rss_bytes: of a fresh process that opens the file and predicts; None where not measured.
         meaning_gap: for int8 on ONNX Runtime, the engine's answers against the file computed as written.
         error: why it could not be built or run; "" when it could.
-        chosen, why: the decision and its reason, filled in by `choose`.
+        chosen, rejected, why: the decision and its reason, filled in by `choose`. A candidate that is neither
+            chosen nor rejected kept to the limits and lost on time.
     """
 
     engine: str
@@ -91,6 +95,7 @@ class Candidate:
     meaning_gap: Mapping[str, Any] | None = None
     error: str = ""
     chosen: bool = False
+    rejected: bool = False
     why: str = ""
 
     @property
@@ -112,6 +117,7 @@ class Candidate:
             "peak_rss_bytes": self.peak_rss_bytes,
             "meaning_gap": dict(self.meaning_gap) if self.meaning_gap is not None else None,
             "chosen": self.chosen,
+            "rejected": self.rejected,
             "why": self.why,
         }
 
@@ -148,14 +154,21 @@ def choose(candidates: Sequence[Candidate], limits: Limits, batch: int) -> tuple
         raise TargetError(
             "no candidate meets the target's limits, so nothing was written:\n"
             + "\n".join(lines or ["  the target has no candidates"])
-            + "\nRaise max_accuracy_drop, give more calibration images, or use a target with other candidates."
+            + "\nRaise max_accuracy_drop, give more calibration images, or a target with other candidates."
         )
     winner = _winner(kept, batch)
-    return tuple(
-        replace(c, chosen=c is winner, why=reason or (_why_chosen(c, kept, limits, batch) if c is winner else
-                                                       _why_lost(c, winner, batch)))
-        for c, reason in zip(candidates, reasons, strict=True)
-    )  # fmt: skip
+    decided = []
+    for candidate, reason in zip(candidates, reasons, strict=True):
+        if reason:
+            decided.append(replace(candidate, chosen=False, rejected=True, why=reason))
+        elif candidate is winner:
+            why = _why_chosen(candidate, kept, limits, batch)
+            decided.append(replace(candidate, chosen=True, rejected=False, why=why))
+        else:
+            decided.append(
+                replace(candidate, chosen=False, rejected=False, why=_why_lost(candidate, winner, batch))
+            )
+    return tuple(decided)
 
 
 def rejection(candidate: Candidate, limits: Limits) -> str:
@@ -172,7 +185,8 @@ def rejection(candidate: Candidate, limits: Limits) -> str:
         if drop > limits.max_accuracy_drop + _ROUNDING:
             return (
                 f"loses {drop:.2f} points of accuracy ({100 * candidate.accuracy:.2f}% against "
-                f"{100 * limits.reference_accuracy:.2f}%), the limit is {limits.max_accuracy_drop:g}{_gap(candidate)}"
+                f"{100 * limits.reference_accuracy:.2f}%), the limit is {limits.max_accuracy_drop:g}"
+                f"{_gap(candidate)}"
             )
     else:
         if candidate.agreement is None:
@@ -193,7 +207,7 @@ def rejection(candidate: Candidate, limits: Limits) -> str:
 def ratio_interval(timing: Timing, against: Timing) -> tuple[float, float, float]:
     """Median of the round-by-round ratios `timing / against`, and its 95% interval (low, median, high).
 
-    The interval is that of the order statistics (binomial, normal approximation), so it assumes no distribution.
+    The interval is that of the order statistics (binomial, normal approximation): no distribution is assumed.
     """
     ratios = sorted(a / b for a, b in zip(timing.rounds_ms, against.rounds_ms, strict=True))
     rank = max(0, math.floor((len(ratios) - 1.96 * math.sqrt(len(ratios))) / 2))
@@ -203,7 +217,7 @@ def ratio_interval(timing: Timing, against: Timing) -> tuple[float, float, float
 def is_tied(candidate: Candidate, fastest: Candidate, batch: int) -> bool:
     """Whether the candidate's time cannot be told from the fastest's."""
     low, middle, _ = ratio_interval(candidate.timings[batch], fastest.timings[batch])
-    return low <= 1 and middle <= TIE_RATIO
+    return middle <= SAME_RATIO or (low <= 1 and middle <= TIE_RATIO)
 
 
 def _winner(kept: Sequence[Candidate], batch: int) -> Candidate:
@@ -237,8 +251,16 @@ def _why_chosen(winner: Candidate, kept: Sequence[Candidate], limits: Limits, ba
 def _why_lost(candidate: Candidate, winner: Candidate, batch: int) -> str:
     low, middle, high = ratio_interval(candidate.timings[batch], winner.timings[batch])
     if is_tied(candidate, winner, batch) or middle < 1:
-        worse = "less accurate" if _quality(candidate) < _quality(winner) else "larger"
-        return f"as fast as the chosen within noise (ratio {middle:.2f}, 95% {low:.2f}–{high:.2f}), but {worse}"
+        worse = (
+            "less accurate"
+            if _quality(candidate) < _quality(winner)
+            else "larger"
+            if candidate.size_bytes > winner.size_bytes
+            else "not better in anything"
+        )
+        return (
+            f"as fast as the chosen within noise (ratio {middle:.2f}, 95% {low:.2f}–{high:.2f}), but {worse}"
+        )
     return f"{middle:.2f}× the chosen's time (95% {low:.2f}–{high:.2f})"
 
 
@@ -248,6 +270,6 @@ def _gap(candidate: Candidate) -> str:
     if gap is None or not gap.get("large"):
         return ""
     return (
-        f"; the file computed as written agrees with the engine's answer on only {100 * gap['agreement']:.1f}% "
-        "of the images: this CPU's integer kernels saturate"
+        "; the file computed as written agrees with the engine's answer on only "
+        f"{100 * gap['agreement']:.1f}% of the images: this CPU's integer kernels saturate"
     )

@@ -99,7 +99,8 @@ def render(manifest: Mapping[str, Any], evidence: Evidence | None = None) -> str
 def _lead(manifest: Mapping[str, Any], chosen: Mapping[str, Any] | None) -> str:
     model = manifest["model"]
     size = " × ".join(str(side) for side in manifest["input"]["size"])
-    text = f"{model['architecture']}, {model['parameters']:,} parameters, {len(manifest['labels'])} classes, {size} input."
+    classes = len(manifest["labels"])
+    text = f"{model['architecture']}, {model['parameters']:,} parameters, {classes} classes, {size} input."
     if chosen is not None:
         text += f" Chosen of {len(manifest['candidates'])} candidates: {chosen['why']}."
     return escape(text)
@@ -119,21 +120,29 @@ def _figures(manifest: Mapping[str, Any]) -> str:
             )
         )
     cards.append(
-        ("Same answer as PyTorch", _percent(metrics["agreement"]), f"of {images['count']:,} {images['split']} images")
+        (
+            "Same answer as PyTorch",
+            _percent(metrics["agreement"]),
+            f"of {images['count']:,} {images['split']} images",
+        )
     )
     speedup = latency["reference_median"] / latency["median"]
     cards.append(
         (
             f"Time at batch {latency['batch']}",
             f"{latency['median']:.3g} ms",
-            f"{speedup:.1f}× as fast as PyTorch, {latency['threads']} threads; 9 in 10 under {latency['p90']:.3g} ms",
+            f"{speedup:.1f}× as fast as PyTorch, {latency['threads']} threads; "
+            f"9 in 10 under {latency['p90']:.3g} ms",
         )
     )
-    cards.append(("Model files", _bytes(metrics["size_bytes"]), f"{manifest['model']['parameters']:,} parameters"))
+    cards.append(
+        ("Model files", _bytes(metrics["size_bytes"]), f"{manifest['model']['parameters']:,} parameters")
+    )
     if metrics.get("peak_rss_bytes") is not None:
         cards.append(("Peak memory", _bytes(metrics["peak_rss_bytes"]), "resident, fresh process"))
     items = "".join(
-        f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd><dd>{escape(note)}</dd></div>" for name, value, note in cards
+        f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd><dd>{escape(note)}</dd></div>"
+        for name, value, note in cards
     )
     return f'<dl class="figures">{items}</dl>'
 
@@ -141,7 +150,9 @@ def _figures(manifest: Mapping[str, Any]) -> str:
 def _warnings(warnings: Sequence[str]) -> str:
     if not warnings:
         return ""
-    return _section("Know this first", "".join(f'<p class="warning">{escape(warning)}</p>' for warning in warnings))
+    return _section(
+        "Know this first", "".join(f'<p class="warning">{escape(warning)}</p>' for warning in warnings)
+    )
 
 
 def _candidates(manifest: Mapping[str, Any]) -> str:
@@ -152,24 +163,35 @@ def _candidates(manifest: Mapping[str, Any]) -> str:
     batch = manifest["metrics"]["latency_ms"]["batch"]
     standings = [_standing(entry) for entry in entries]
     points = [
-        Point(f"{entry['engine']} {entry['precision']}", entry["latency_ms"], entry[key], standing, entry["why"])
+        Point(
+            f"{entry['engine']} {entry['precision']}", entry["latency_ms"], entry[key], standing, entry["why"]
+        )
         for entry, standing in zip(entries, standings, strict=True)
         if entry["latency_ms"] is not None and entry[key] is not None
     ]
     reference = selection.get("reference_accuracy") if labelled else 1.0
     limit = None
     if reference is not None:
-        points.append(Point("PyTorch", manifest["metrics"]["latency_ms"]["reference_median"], reference, "reference"))
+        points.append(
+            Point("PyTorch", manifest["metrics"]["latency_ms"]["reference_median"], reference, "reference")
+        )
         if "max_accuracy_drop" in selection:
             limit = reference - selection["max_accuracy_drop"] / 100
             # A limit far under every point would flatten the plot.
             limit = limit if limit > min(point.y for point in points) - 0.05 else None
     y_label = "Accuracy" if labelled else "Same answer as PyTorch"
     plot = accuracy_latency(points, y_label, f"milliseconds a batch of {batch}", limit) if points else ""
-    rows = "".join(_candidate_row(entry, standing) for entry, standing in zip(entries, standings, strict=True))
-    where = f"{selection['count']:,} {selection['split']} images" if "count" in selection else "the selection images"
+    rows = "".join(
+        _candidate_row(entry, standing) for entry, standing in zip(entries, standings, strict=True)
+    )
+    where = (
+        f"{selection['count']:,} {selection['split']} images"
+        if "count" in selection
+        else "the selection images"
+    )
     table = (
-        f'<div class="scroll"><table><caption>Accuracy and agreement on {escape(where)}, from which the choice was made; '
+        f'<div class="scroll"><table><caption>Accuracy and agreement on {escape(where)}, '
+        "from which the choice was made; "
         f"times interleaved, medians at batch {batch}.</caption><thead><tr><th>Candidate</th>"
         '<th class="number">Accuracy</th><th class="number">Agreement</th><th class="number">Time</th>'
         f'<th class="number">Size</th><th>Decision</th></tr></thead><tbody>{rows}</tbody></table></div>'
@@ -180,23 +202,26 @@ def _candidates(manifest: Mapping[str, Any]) -> str:
 def _standing(entry: Mapping[str, Any]) -> Standing:
     if entry["chosen"]:
         return "chosen"
-    return "rejected" if entry.get("rejected", entry["latency_ms"] is None) else "kept"
+    return "rejected" if entry["rejected"] else "kept"
 
 
 def _candidate_row(entry: Mapping[str, Any], standing: Standing) -> str:
     time = "–" if entry["latency_ms"] is None else f"{entry['latency_ms']:.3g} ms"
     size = _bytes(entry["size_bytes"]) if entry.get("size_bytes") else "–"
-    verdict = {"chosen": "chosen", "kept": "kept to the limits", "rejected": "rejected", "reference": ""}[standing]
+    verdict = {"chosen": "chosen", "kept": "kept to the limits", "rejected": "rejected", "reference": ""}[
+        standing
+    ]
     why = escape(entry["why"])
     gap = entry.get("meaning_gap")
     if gap:
         why += escape(
-            f" The engine's answers equal those of the file computed as written on {_percent(gap['agreement'])} "
-            f"of {gap['images']} images."
+            " The engine's answers equal those of the file computed as written on "
+            f"{_percent(gap['agreement'])} of {gap['images']} images."
         )
     return (
         f'<tr class="{standing}"><th scope="row">{escape(entry["engine"])} {escape(entry["precision"])}</th>'
-        f'<td class="number">{_percent(entry["accuracy"])}</td><td class="number">{_percent(entry.get("agreement"))}</td>'
+        f'<td class="number">{_percent(entry["accuracy"])}</td>'
+        f'<td class="number">{_percent(entry.get("agreement"))}</td>'
         f'<td class="number">{time}</td><td class="number">{size}</td>'
         f'<td class="why">{verdict}: {why}</td></tr>'
     )
@@ -214,7 +239,8 @@ def _batches(manifest: Mapping[str, Any]) -> str:
         for item in latencies
     )
     return (
-        '<div class="scroll"><table><caption>The deployed file by batch size.</caption><thead><tr><th>Batch</th>'
+        '<div class="scroll"><table><caption>The deployed file by batch size.</caption>'
+        "<thead><tr><th>Batch</th>"
         '<th class="number">Median</th><th class="number">10–90%</th><th class="number">Images a second</th>'
         f'<th class="number">PyTorch</th></tr></thead><tbody>{rows}</tbody></table></div>'
     )
@@ -228,7 +254,8 @@ def _layers(evidence: Evidence) -> str:
     if len(layers) > MAX_BARS:
         worst = sorted(range(len(layers)), key=lambda index: -layers[index].value)[:MAX_BARS]
         layers = [layers[index] for index in sorted(worst)]
-        note = f'<p class="note">The {MAX_BARS} largest of {len(evidence.layers)} layers, in execution order.</p>'
+        note = f"The {MAX_BARS} largest of {len(evidence.layers)} layers, in execution order."
+        note = f'<p class="note">{note}</p>'
     plot = layer_bars(layers, "Relative difference of each layer")
     return _section("Layer by layer", f"<p>{escape(evidence.layers_title)}</p>{note}{plot}")
 
@@ -240,7 +267,11 @@ def _confusion(counts: np.ndarray | None, labels: Sequence[str]) -> str:
     wrong = counts.copy()
     np.fill_diagonal(wrong, 0)
     order = np.argsort(-wrong, axis=None, kind="stable")[:12]
-    pairs = [(*np.unravel_index(index, wrong.shape), int(wrong.flat[index])) for index in order if wrong.flat[index]]
+    pairs = [
+        (*np.unravel_index(index, wrong.shape), int(wrong.flat[index]))
+        for index in order
+        if wrong.flat[index]
+    ]
     rows = "".join(
         f'<tr><td>{escape(labels[row])}</td><td>{escape(labels[column])}</td><td class="number">{count} of '
         f"{int(counts[row].sum())}</td></tr>"
@@ -248,8 +279,9 @@ def _confusion(counts: np.ndarray | None, labels: Sequence[str]) -> str:
     )
     if rows:
         body += (
-            '<div class="scroll"><table><caption>Most frequent mistakes</caption><thead><tr><th>True</th>'
-            f'<th>Predicted</th><th class="number">Images</th></tr></thead><tbody>{rows}</tbody></table></div>'
+            '<div class="scroll"><table><caption>Most frequent mistakes</caption>'
+            '<thead><tr><th>True</th><th>Predicted</th><th class="number">Images</th></tr></thead>'
+            f"<tbody>{rows}</tbody></table></div>"
         )
     else:
         body += "<p>No mistakes on these images.</p>"
@@ -270,9 +302,14 @@ def _samples(samples: Sequence[Sample]) -> str:
         css = ' class="small"' if small else ""
         alt = f"image predicted as {sample.predicted}"
         items.append(
-            f'<li><figure><img{css} src="{uri}" alt="{escape(alt)}"><figcaption>{caption}</figcaption></figure></li>'
+            f'<li><figure><img{css} src="{uri}" alt="{escape(alt)}">'
+            f"<figcaption>{caption}</figcaption></figure></li>"
         )
-    return _section("Predictions of the deployed file", f'<ul class="samples">{"".join(items)}</ul>') if items else ""
+    return (
+        _section("Predictions of the deployed file", f'<ul class="samples">{"".join(items)}</ul>')
+        if items
+        else ""
+    )
 
 
 def _picture(image: np.ndarray) -> tuple[str, bool]:
@@ -311,11 +348,18 @@ def _use(manifest: Mapping[str, Any]) -> str:
 
 def _origin(manifest: Mapping[str, Any]) -> str:
     parts = []
-    for title, key in (("Recipe", "recipe"), ("Versions", "versions"), ("Machine", "machine"), ("Edits", "edits")):
+    for title, key in (
+        ("Recipe", "recipe"),
+        ("Versions", "versions"),
+        ("Machine", "machine"),
+        ("Edits", "edits"),
+    ):
         value = manifest["model"].get("edits") if key == "edits" else manifest.get(key)
         if not value:
             continue
-        if isinstance(value, Mapping) and all(not isinstance(item, (Mapping, list)) for item in value.values()):
+        if isinstance(value, Mapping) and all(
+            not isinstance(item, (Mapping, list)) for item in value.values()
+        ):
             body = _table([(str(name), str(item)) for name, item in value.items()])
         else:
             body = f"<pre>{escape(json.dumps(value, indent=2, ensure_ascii=False))}</pre>"
@@ -329,7 +373,9 @@ def _lines(title: str, lines: Iterable[tuple[str, str]]) -> str:
 
 
 def _table(rows: Iterable[tuple[str, str]]) -> str:
-    body = "".join(f'<tr><th scope="row">{escape(name)}</th><td>{escape(value)}</td></tr>' for name, value in rows)
+    body = "".join(
+        f'<tr><th scope="row">{escape(name)}</th><td>{escape(value)}</td></tr>' for name, value in rows
+    )
     return f'<div class="scroll"><table><tbody>{body}</tbody></table></div>'
 
 

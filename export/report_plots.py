@@ -1,4 +1,4 @@
-"""Plots of the report as SVG text: no script, no font, no file from elsewhere; colours follow the page's theme.
+"""Plots of the report as SVG text: no script, font or file from elsewhere; colours follow the page's theme.
 
 Every user-given string is escaped here; numbers are formatted here.
 """
@@ -74,10 +74,13 @@ def accuracy_latency(points: Sequence[Point], y_label: str, x_label: str, limit:
     label_ys = _apart([y for _, y in centres], 17, top + 8, height - bottom)
     for point, (x, y), label_y in zip(points, centres, label_ys, strict=True):
         label_x = width - right + 22
-        title = f"{point.name}: {point.x:.3g} ms, {100 * point.y:.2f}%" + (f"; {point.note}" if point.note else "")
+        title = f"{point.name}: {point.x:.3g} ms, {100 * point.y:.2f}%" + (
+            f"; {point.note}" if point.note else ""
+        )
         parts.append(
             f'<g class="point {point.standing}"><title>{escape(title)}</title>'
-            f'<path class="leader" d="M{x + 8:.1f} {y:.1f} L{width - right + 4} {label_y:.1f} H{label_x - 4}"/>'
+            f'<path class="leader" d="M{x + 8:.1f} {y:.1f} L{width - right + 4} {label_y:.1f} '
+            f'H{label_x - 4}"/>'
             f"{_mark(point.standing, x, y)}{_text(label_x, label_y + 4, point.name, 'start')}</g>"
         )
     return _svg("".join(parts), width, height, f"{y_label} against {x_label}, one mark a candidate")
@@ -103,10 +106,11 @@ def layer_bars(bars: Sequence[Bar], description: str) -> str:
         y = 6 + index * row
         name = bar.name if len(bar.name) <= 36 else "…" + bar.name[-35:]
         length = max(1.0, x_position(bar.value) - left)
+        title = f"{bar.name}: {bar.value:.2e}" + (f"; {bar.note}" if bar.note else "")
         parts.append(
-            f"<g><title>{escape(bar.name)}: {bar.value:.2e}{escape('; ' + bar.note if bar.note else '')}</title>"
-            f'{_text(left - 8, y + 12, name, "end")}<rect class="bar" x="{left}" y="{y}" width="{length:.1f}" '
-            f'height="{row - 5}" rx="2"/>{_text(left + length + 6, y + 12, f"{bar.value:.1e}", "start")}</g>'
+            f"<g><title>{escape(title)}</title>{_text(left - 8, y + 12, name, 'end')}"
+            f'<rect class="bar" x="{left}" y="{y}" width="{length:.1f}" height="{row - 5}" rx="2"/>'
+            f"{_text(left + length + 6, y + 12, f'{bar.value:.1e}', 'start')}</g>"
         )
     return _svg("".join(parts), width, height, description)
 
@@ -129,17 +133,19 @@ def confusion_matrix(counts: np.ndarray, labels: Sequence[str]) -> str:
         y = top + row * cell
         parts.append(_text(left - 8, y + cell / 2 + 4, _short(labels[row]), "end"))
         x = left + row * cell + cell / 2
-        parts.append(f'<g transform="rotate(-50 {x:.1f} {top - 8})">{_text(x, top - 8, _short(labels[row]), "start")}</g>')
+        name = _text(x, top - 8, _short(labels[row]), "start")
+        parts.append(f'<g transform="rotate(-50 {x:.1f} {top - 8})">{name}</g>')
         for column in range(classes):
             count, share = int(counts[row, column]), float(shares[row, column])
             x = left + column * cell
+            box = f'x="{x}" y="{y}" width="{cell}" height="{cell}"'
             kind = "right" if row == column else "wrong"
-            # Errors are rare, so their shade grows with the root of the share: one in a hundred must be visible.
+            # Errors are rare: their shade grows with the root of the share, so that one in a hundred shows.
             shade = 0.0 if count == 0 else 0.12 + 0.88 * math.sqrt(share)
             title = f"{labels[row]} taken for {labels[column]}: {count} of {int(totals[row, 0])}"
             parts.append(
-                f'<g><title>{escape(title)}</title><rect class="cell" x="{x}" y="{y}" width="{cell}" height="{cell}"/>'
-                f'<rect class="{kind}" x="{x}" y="{y}" width="{cell}" height="{cell}" fill-opacity="{shade:.2f}"/>'
+                f'<g><title>{escape(title)}</title><rect class="cell" {box}/>'
+                f'<rect class="{kind}" {box} fill-opacity="{shade:.2f}"/>'
             )
             if count and cell >= 22:
                 tone = " inverse" if shade > 0.55 else ""
@@ -152,8 +158,10 @@ def confusion_matrix(counts: np.ndarray, labels: Sequence[str]) -> str:
     return _svg("".join(parts), left + size + 90, top + size + 32, "Confusion matrix of the deployed model")
 
 
-def _x_axis(values: Sequence[float], start: float, end: float) -> tuple[list[float], Callable[[float], float]]:
-    """Ticks and position function: linear from zero, or logarithmic where the values span more than a factor 6."""
+def _x_axis(
+    values: Sequence[float], start: float, end: float
+) -> tuple[list[float], Callable[[float], float]]:
+    """Ticks and position function: linear from zero, logarithmic where the values span more than sixfold."""
     low, high = min(values), max(values)
     if low > 0 and high / low > 6:
         log_low, log_high = math.log10(low * 0.85), math.log10(high * 1.15)
