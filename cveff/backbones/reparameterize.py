@@ -26,7 +26,8 @@ _TOLERANCE = 1e-3
 
 def has_branches(module: nn.Module) -> bool:
     """Whether some block of `module` can still be merged."""
-    return any(_is_mergeable(child) for child in module.modules())
+    # The network itself may have a `fuse` (RepViT's walks its blocks), which stays after the merge.
+    return any(_is_mergeable(child) for child in module.modules() if child is not module)
 
 
 @dataclass(frozen=True)

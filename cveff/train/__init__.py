@@ -1,0 +1,7 @@
+"""Training: one readable loop, its optimizers and schedules, and the state that lets it resume."""
+
+from __future__ import annotations
+
+from cveff.train.train import Train
+
+__all__ = ["Train"]

@@ -1,0 +1,31 @@
+"""An exponential moving average of a network's parameters and statistics (Polyak & Juditsky 1992)."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+
+class MovingAverage:
+    """Keeps `average ← d · average + (1 - d) · module`, with `d = min(decay, (1 + step) / (10 + step))`.
+
+    Attributes:
+        module: the averaged network, in evaluation mode.
+    """
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self.module = copy.deepcopy(module).eval().requires_grad_(False)
+        self.decay = decay
+
+    @torch.no_grad()
+    def update(self, module: nn.Module, step: int) -> None:
+        """Take in `module` after optimizer step `step` (from 1)."""
+        weight = 1 - min(self.decay, (1 + step) / (10 + step))
+        averages, values = self.module.state_dict(), module.state_dict()
+        floating = [name for name, value in averages.items() if value.dtype.is_floating_point]
+        torch._foreach_lerp_([averages[name] for name in floating], [values[name] for name in floating], weight)
+        for name, average in averages.items():
+            if not average.dtype.is_floating_point:
+                average.copy_(values[name])

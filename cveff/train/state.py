@@ -1,0 +1,86 @@
+"""The state of an interrupted run in one file: tensors and the JSON that holds them together, as safetensors.
+
+One file renamed into place is either the old state or the new one, whenever the process dies.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from cveff.errors import CheckpointError
+from cveff.files import atomic_path
+
+STATE_VERSION = 1
+_TENSOR = "__tensor__"
+_INTEGER_KEYS = "__integer_keys__"
+
+
+def save_state(path: Path, state: Mapping[str, Any]) -> None:
+    """Write nested dicts and lists of tensors and JSON values, atomically.
+
+    Raises:
+        CveffError: the file cannot be written.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    tree = _flatten(state, "state", tensors)
+    with atomic_path(path) as temporary:
+        save_file(tensors, str(temporary), metadata={"version": str(STATE_VERSION), "tree": json.dumps(tree)})
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """Read what `save_state` wrote.
+
+    Raises:
+        CheckpointError: the file is damaged or was written by a newer cveff.
+    """
+    try:
+        with safe_open(str(path), framework="pt") as handle:
+            metadata = handle.metadata() or {}
+            if int(metadata.get("version", -1)) != STATE_VERSION:
+                raise CheckpointError(
+                    f"{path} has state version {metadata.get('version')!r}, this cveff reads {STATE_VERSION}; "
+                    "delete it and train again, or use the cveff that wrote it"
+                )
+            tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+        state = _restore(json.loads(metadata["tree"]), tensors)
+    except (SafetensorError, KeyError, ValueError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}); delete it and train again") from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path} does not hold a training state; delete it and train again")
+    return state
+
+
+def _flatten(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
+    if isinstance(value, torch.Tensor):
+        # safetensors keeps no memory format: strides are restored by copying into the live tensors.
+        tensors[name] = value.detach().cpu().contiguous().clone()
+        return {_TENSOR: name}
+    if isinstance(value, Mapping):
+        items = {str(key): _flatten(item, f"{name}.{key}", tensors) for key, item in value.items()}
+        if value and all(isinstance(key, int) for key in value):
+            return {_INTEGER_KEYS: items}
+        return items
+    if isinstance(value, (list, tuple)):
+        return [_flatten(item, f"{name}.{index}", tensors) for index, item in enumerate(value)]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise CheckpointError(f"{name} is a {type(value).__name__}, which a training state cannot hold")
+
+
+def _restore(tree: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
+    if isinstance(tree, list):
+        return [_restore(item, tensors) for item in tree]
+    if not isinstance(tree, dict):
+        return tree
+    if set(tree) == {_TENSOR}:
+        return tensors[tree[_TENSOR]]
+    if set(tree) == {_INTEGER_KEYS}:
+        return {int(key): _restore(item, tensors) for key, item in tree[_INTEGER_KEYS].items()}
+    return {key: _restore(item, tensors) for key, item in tree.items()}
