@@ -1,0 +1,278 @@
+"""The walk from a recipe to a bundle: data, model, training, steps, deployment. Top to bottom, nothing jumps back.
+
+Each finished phase leaves a saved model in the run's folder, written whole or not at all. That is the whole record:
+a run that was killed continues from the last one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cveff.data import Data, channel_statistics
+from cveff.data import load as load_data
+from cveff.errors import CheckpointError, DataError, RecipeError
+from cveff.files import write_json
+from cveff.log import FileLog
+from cveff.measure.accuracy import predict, top1
+from cveff.measure.predictor import torch_predictor
+from cveff.model import Model, create, load, save
+from cveff.progress import Progress, Silent
+from cveff.recipe import ModelSettings, Recipe, parse_recipe
+from cveff.steps import apply
+from cveff.target import load_target
+
+if TYPE_CHECKING:
+    from cveff.export.deploy import Deployment
+
+SMALL_IMAGE = 64
+"""Side in pixels up to which images are taken at their own size, by a network made for small images."""
+
+_EVALUATION_BATCH = 256
+
+
+@dataclass(frozen=True)
+class PipelineResult:
+    """What a run made.
+
+    Attributes:
+        out: the run's folder.
+        model: the saved model's folder, which `cveff.load` reads.
+        accuracy: share of the evaluation split that the saved model gets right, in [0, 1].
+        split, count: name of that split, and its images.
+        num_parameters: of the saved model.
+        deployment: the bundle, where the recipe deploys.
+    """
+
+    out: Path
+    model: Path
+    accuracy: float
+    split: str
+    count: int
+    num_parameters: int
+    deployment: Deployment | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values, with the bundle's manifest."""
+        return {
+            "out": str(self.out),
+            "model": str(self.model),
+            "accuracy": self.accuracy,
+            "split": self.split,
+            "count": self.count,
+            "num_parameters": self.num_parameters,
+            "bundle": None if self.deployment is None else str(self.deployment.path),
+            "manifest": None if self.deployment is None else self.deployment.manifest,
+        }
+
+
+def run(
+    recipe: Recipe,
+    *,
+    out: str | Path,
+    resume: bool = False,
+    overwrite: bool = False,
+    device: str | None = None,
+    tensorboard: bool = False,
+    progress: Progress | None = None,
+) -> PipelineResult:
+    """Do everything a recipe says.
+
+    The run's folder holds `recipe.json`, `train/` (training state, `metrics.jsonl`), one saved model after each
+    phase under `phases/`, the final `model/`, and `model.bundle/` unless the recipe names another place.
+
+    Args:
+        resume: continue a run that stopped; where there is none, begin. The recipe must be the one it began with,
+            except for what it deploys.
+        overwrite: remove an earlier run in `out` and begin again.
+        device: where torch trains; by default a GPU if there is one.
+        tensorboard: also write TensorBoard events.
+
+    Raises:
+        RecipeError: `out` holds another run, or something that is no run.
+        CveffError: whatever a phase refuses, such as missing data, or no candidate within the accuracy limit.
+    """
+    out, progress = Path(out), progress or Silent()
+    if recipe.deploy is not None:
+        load_target(recipe.deploy.target)  # a misspelt target is better found before training than after
+    _open_folder(out, recipe, resume, overwrite)
+    data = load_data(
+        recipe.data.source,
+        seed=recipe.seed,
+        on_bad_image=recipe.data.on_bad_image,
+        val_fraction=recipe.data.val_fraction,
+        progress=progress,
+    )
+    for warning in data.report.warnings:
+        progress.message(f"warning: {warning}")
+    phases = [(step, out / "phases" / f"{index}-{step.kind}") for index, step in enumerate(recipe.phases)]
+    finished = [folder for _, folder in phases if folder.is_dir()]
+    model = load(finished[-1]) if finished else create_for(recipe.model, data, seed=recipe.seed)
+    if finished:
+        progress.message(f"going on after {finished[-1].name}, which is done")
+    for step, folder in phases[len(finished) :]:
+        with FileLog(out / "train" / folder.name, tensorboard=tensorboard) as log:
+            model = apply(
+                model,
+                step,
+                data=data,
+                target=None if recipe.deploy is None else recipe.deploy.target,
+                device=device,
+                seed=recipe.seed,
+                progress=progress,
+                log=log,
+                folder=out / "train" / folder.name,
+                resume=resume,
+            )
+        save(model, folder)
+    save(model, out / "model")
+    accuracy = evaluate(model, data, progress)
+    result = PipelineResult(
+        out=out,
+        model=out / "model",
+        accuracy=accuracy,
+        split=data.evaluation.name,
+        count=len(data.evaluation),
+        num_parameters=model.num_parameters,
+    )
+    if recipe.deploy is None:
+        return result
+    return replace(result, deployment=_deploy(model, recipe, data, out, resume, progress))
+
+
+def create_for(settings: ModelSettings, data: Data, *, seed: int = 0) -> Model:
+    """Build the network a recipe names, for the classes and the images of `data`.
+
+    A network that starts from random weights is normalised by the data's own statistics, one with given weights by
+    the architecture's. Images smaller than the input are enlarged, when training as in the bundle.
+
+    Raises:
+        UnknownModelError, CheckpointError: as `cveff.create`.
+        DataError: there is nothing to train or score on.
+    """
+    import torch
+
+    images = data.train if data.train is not None else data.val
+    size, channels = settings.image_size, settings.channels or images.channels
+    is_small = images.native_size is not None and max(images.native_size) <= SMALL_IMAGE
+    if size is None and is_small:
+        size = images.native_size
+    architecture = settings.architecture or ("small_resnet_s" if is_small else "mobilenetv4_conv_small")
+    torch.manual_seed(seed)  # the initial weights
+    model = create(
+        architecture,
+        labels=data.labels,
+        image_size=size,
+        channels=channels,
+        weights=settings.weights,
+        pretrained=settings.pretrained,
+        **settings.arguments,
+    )
+    spec = model.spec.input
+    if settings.weights is None and not settings.pretrained:
+        mean, std = channel_statistics(images, channels)
+        spec = replace(spec, mean=mean, std=std)
+    if images.native_size == spec.size:
+        spec = replace(spec, crop=1.0)  # nothing to resize or to crop
+    enlarge = settings.enlarge
+    if enlarge is None:
+        enlarge = images.native_size is not None and min(images.native_size) < max(spec.size)
+    return Model(replace(model.spec, input=replace(spec, enlarge=enlarge)), model.module)
+
+
+def evaluate(model: Model, data: Data, progress: Progress | None = None) -> float:
+    """Share of `data.evaluation` that `model` gets right in PyTorch, in [0, 1].
+
+    Raises:
+        DataError: that split has no labels.
+    """
+    split = data.evaluation
+    batches = split.evaluation_batches(model.spec.input, batch_size=_EVALUATION_BATCH)
+    if progress is not None:
+        batches = progress.track(batches, f"scoring on {split.name}", math.ceil(len(split) / _EVALUATION_BATCH))
+    logits, targets = predict(torch_predictor(model), batches)
+    if targets is None:
+        raise DataError(f"split {split.name!r} of {data.name} has no labels to score against")
+    return top1(logits, targets)
+
+
+def _deploy(model: Model, recipe: Recipe, data: Data, out: Path, resume: bool, progress: Progress) -> Deployment:
+    from cveff.export.deploy import Deployment, deploy
+
+    assert recipe.deploy is not None
+    bundle = recipe.deploy.out or out / "model.bundle"
+    values = recipe.to_json()
+    manifest = _read_json(bundle / "manifest.json") if resume else {}
+    if manifest.get("recipe") == values:
+        progress.message(f"{bundle} is done")
+        return Deployment(bundle, manifest)
+    return deploy(
+        model,
+        data=data,
+        calibration=recipe.deploy.calibration,
+        target=recipe.deploy.target,
+        max_accuracy_drop=recipe.deploy.max_accuracy_drop,
+        num_calibration=recipe.deploy.num_calibration,
+        on_bad_image=recipe.data.on_bad_image,
+        out=bundle,
+        seed=recipe.seed,
+        recipe=values,
+        progress=progress,
+    )
+
+
+def _open_folder(out: Path, recipe: Recipe, resume: bool, overwrite: bool) -> None:
+    """Make sure that `out` is this run's folder, and note the recipe in it."""
+    record = out / "recipe.json"
+    if out.exists() and not out.is_dir():
+        raise RecipeError(f"{out} is an existing file; give another folder to --out")
+    if not record.is_file():
+        if out.is_dir() and any(not path.name.startswith(".") for path in out.iterdir()):
+            raise RecipeError(f"{out} holds files that no run of cveff left; give another folder to --out")
+    elif overwrite:
+        shutil.rmtree(out)
+    elif not resume:
+        raise RecipeError(f"{out} holds an earlier run; --resume continues it, --overwrite replaces it")
+    else:
+        _check_same_recipe(record, recipe)
+        # What a killed process had begun to write; see `cveff.files`.
+        for leftover in (*out.glob(".*.*"), *(out / "phases").glob(".*.*")):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    write_json(record, recipe.to_json())
+
+
+def _check_same_recipe(record: Path, recipe: Recipe) -> None:
+    earlier, now = (_flat(item.to_json()) for item in (parse_recipe(_read_json(record), str(record)), recipe))
+    changed = [
+        f"{key} was {earlier.get(key)!r}, is {now.get(key)!r}"
+        for key in sorted(earlier.keys() | now.keys())
+        if not key.startswith("deploy.") and earlier.get(key) != now.get(key)
+    ]
+    if changed:
+        raise RecipeError(
+            f"{record.parent} holds a run of another recipe ({'; '.join(changed[:3])}{'; …' if changed[3:] else ''}); "
+            "resume it with its own recipe, or give another folder to --out"
+        )
+
+
+def _flat(value: Any, path: str = "") -> dict[str, Any]:
+    if isinstance(value, Mapping):
+        return {key: inner for name, item in value.items() for key, inner in _flat(item, f"{path}{name}.").items()}
+    if isinstance(value, list) and value and isinstance(value[0], Mapping):
+        return _flat({f"[{index}]": item for index, item in enumerate(value)}, path)
+    return {path.removesuffix("."): value}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; empty where there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}); --overwrite begins again") from error

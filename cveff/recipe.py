@@ -1,0 +1,263 @@
+"""`Recipe`: a whole job as data: which model, which images, how to train, which steps, what to deploy to.
+
+A recipe is TOML; every section is a frozen dataclass, so the Python and the file say the same. A method joins by
+one line in `_step_kinds`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from cveff.backbones import FoldBatchNorm, Reparameterize
+from cveff.errors import RecipeError
+from cveff.schema import parse
+from cveff.steps import Step
+from cveff.train import Train
+
+RECIPES = Path(__file__).parent / "model_zoo" / "recipes"
+"""The recipes that come with cveff."""
+
+
+def _step_kinds() -> dict[str, type]:
+    """The recipe's union: every method a `[[steps]]` table can name by its `kind`."""
+    return {step.kind: step for step in (Reparameterize, FoldBatchNorm, Train)}
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """The network.
+
+    Attributes:
+        architecture: a timm name, or one of cveff's own; by default small_resnet_s for images up to 64 pixels
+            and mobilenetv4_conv_small for larger ones.
+        image_size: side in pixels, or [height, width]; by default the images' own size up to 64 pixels, and
+            what the architecture was designed for above.
+        channels: 1 (grey) or 3 (RGB); by default what the images have.
+        enlarge: whether images smaller than image_size are enlarged; by default only where all images share
+            a smaller size. Off, such an image is an error, because a model of large images is silently wrong on it.
+        arguments: keyword arguments of timm.create_model, such as drop_path_rate.
+        weights: a .safetensors or .pth file to start from; its classes must be the data's.
+        pretrained: let timm download its weights (needs a network); the classifier is replaced to fit the data.
+    """
+
+    architecture: str | None = None
+    image_size: int | tuple[int, int] | None = None
+    channels: Literal[1, 3] | None = None
+    enlarge: bool | None = None
+    arguments: dict[str, Any] = field(default_factory=dict)
+    weights: Path | None = None
+    pretrained: bool = False
+
+    def __post_init__(self) -> None:
+        sides = self.image_size if isinstance(self.image_size, tuple) else (self.image_size,)
+        if any(side is not None and side < 1 for side in sides):
+            raise RecipeError(f"image_size: {self.image_size!r} is not a positive number of pixels")
+        if self.pretrained and self.weights is not None:
+            raise RecipeError("pretrained: cannot be combined with weights; remove one of the two")
+        for name in ("num_classes", "in_chans", "img_size"):
+            if name in self.arguments:
+                raise RecipeError(f"arguments.{name}: is set from the data, image_size and channels; remove it")
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """The images.
+
+    Attributes:
+        source: a known name (digits, fashion-mnist, cifar10, cifar100), an image folder, or WebDataset shards.
+            A relative path starts at the folder the command runs in.
+        on_bad_image: "error" stops at the first file that is not a readable image; "skip" counts and reports them.
+        val_fraction: share of the training images held out where the data have no validation split.
+    """
+
+    source: str
+    on_bad_image: Literal["error", "skip"] = "error"
+    val_fraction: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not self.source:
+            raise RecipeError("source: is empty; give a data set's name or a folder")
+        if not 0 < self.val_fraction < 1:
+            raise RecipeError(f"val_fraction: {self.val_fraction!r} does not lie between 0 and 1")
+
+
+@dataclass(frozen=True)
+class DeploySettings:
+    """What the model is made into.
+
+    Attributes:
+        target: a device profile's name (cveff targets), or a profile's .toml file.
+        max_accuracy_drop: points of accuracy (of top-1 disagreement where there are no labels) that the shipped
+            file may lose against the trained model.
+        calibration: a folder of unlabelled images for int8; by default images of the training split.
+        num_calibration: how many images int8 is calibrated on.
+        out: the bundle's folder; by default model.bundle in the run's folder.
+    """
+
+    target: str = "edge-cpu"
+    max_accuracy_drop: float = 1.0
+    calibration: Path | None = None
+    num_calibration: int = 256
+    out: Path | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.max_accuracy_drop <= 100:
+            raise RecipeError(f"max_accuracy_drop: {self.max_accuracy_drop!r} is not a number of points, 0 to 100")
+        if self.num_calibration < 1:
+            raise RecipeError(f"num_calibration: {self.num_calibration!r} is not a positive number of images")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole job, top to bottom.
+
+    Attributes:
+        data: the images.
+        model: the network.
+        train: how to train; without this table the weights stay as `model.weights` or `model.pretrained` gave them.
+        steps: what is done to the trained model, in order; each `[[steps]]` table has a `kind`.
+        deploy: what the model is made into; without this table the run ends with the saved model.
+        seed: all randomness derives from it.
+
+    Raises:
+        RecipeError: at construction, for settings that contradict each other; the message starts with the key.
+    """
+
+    data: DataSettings
+    model: ModelSettings = field(default_factory=ModelSettings)
+    train: Train | None = None
+    steps: tuple[Step, ...] = field(default=(), metadata={"kinds": _step_kinds})
+    deploy: DeploySettings | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise RecipeError(f"seed: {self.seed!r} is negative; give 0 or more")
+        if self.train is not None:
+            self._check_training(self.train)
+        elif self.model.weights is None and not self.model.pretrained:
+            raise RecipeError(
+                "train: is missing, and without model.weights or model.pretrained the weights would stay random; "
+                "add a [train] table"
+            )
+        for index, step in enumerate(self.steps):
+            if index and isinstance(step, Train) and any(_is_folding(earlier) for earlier in self.steps[:index]):
+                raise RecipeError(f"steps[{index}]: trains after branches or batch norms were merged; train first")
+            if _is_folding(step) and step in self.steps[:index]:
+                raise RecipeError(f"steps[{index}]: {step.kind} is done twice; remove one")
+
+    def _check_training(self, train: Train) -> None:
+        if train.epochs == 0 and train.ema > 0:
+            raise RecipeError("train.ema: averages no weights when train.epochs is 0; set ema to 0 or train")
+        if train.epochs == 0 and self.model.weights is None and not self.model.pretrained:
+            raise RecipeError("train.epochs: is 0 and there are no model.weights; the weights would stay random")
+        if train.keep == "last" and train.patience > 0:
+            raise RecipeError("train.patience: stops past the best weights, but train.keep is 'last'; use keep = 'best'")
+
+    @property
+    def phases(self) -> tuple[Step, ...]:
+        """Everything that changes the model, in order: training, then the steps."""
+        return self.steps if self.train is None else (self.train, *self.steps)
+
+    def to_json(self) -> dict[str, Any]:
+        """Every setting, defaults included, as plain JSON values; `parse_recipe` is its inverse."""
+        values = cast(dict[str, Any], _plain(self))
+        values["steps"] = [{"kind": step.kind, **_plain(step)} for step in self.steps]
+        return values
+
+
+def parse_recipe(values: Mapping[str, Any], source: str = "recipe") -> Recipe:
+    """Check plain values and build the recipe.
+
+    Raises:
+        RecipeError: one line with the key's path.
+    """
+    return parse(Recipe, values, source)
+
+
+def read_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """Read a recipe from a TOML file, or by name from the zoo (`digits`, `fashion-mnist`, …).
+
+    Args:
+        overrides: values by dotted key, such as {"train.epochs": 5}, laid over the file's.
+
+    Raises:
+        RecipeError: no such file, not TOML, or a mistake in it, with the key's path.
+    """
+    file = find_recipe(str(path))
+    if file is None:
+        known = ", ".join(recipe_names())
+        raise RecipeError(f"no recipe {str(path)!r}; give a .toml file (`cveff recipe init` writes one) or one of {known}")
+    try:
+        values = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{file.name}: not valid TOML: {error}") from error
+    except OSError as error:
+        raise RecipeError(f"{file}: cannot be read: {error.strerror}") from error
+    return parse_recipe(with_overrides(values, overrides or {}), file.name)
+
+
+def find_recipe(name: str) -> Path | None:
+    """The file of a recipe given by path or by its name in the zoo; None where there is none."""
+    path = Path(name)
+    if path.suffix == ".toml":
+        return path if path.is_file() else None
+    return next((file for file in RECIPES.glob("*.toml") if file.stem == name), None)
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that come with cveff."""
+    return sorted(path.stem for path in RECIPES.glob("*.toml"))
+
+
+def with_overrides(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of `values` with each dotted key set.
+
+    Raises:
+        RecipeError: a part of the key is not a table.
+    """
+    result = {key: dict(value) if isinstance(value, Mapping) else value for key, value in values.items()}
+    for key, value in overrides.items():
+        *tables, last = key.split(".")
+        here: dict[str, Any] = result
+        for depth, table in enumerate(tables):
+            here[table] = dict(here[table]) if isinstance(here.get(table), Mapping) else here.get(table, {})
+            here = here[table]
+            if not isinstance(here, dict):
+                raise RecipeError(f"{'.'.join(tables[: depth + 1])}: is not a table, so {key} cannot be set")
+        here[last] = value
+    return result
+
+
+def parse_assignment(text: str) -> tuple[str, Any]:
+    """Split `train.epochs=5` into the key and its value; what is not valid TOML is taken as a string.
+
+    Raises:
+        RecipeError: no `=`, or no key.
+    """
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise RecipeError(f"--set {text!r} is not KEY=VALUE, such as --set train.epochs=5")
+    try:
+        return key.strip(), tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key.strip(), value.strip()
+
+
+def _is_folding(step: Step) -> bool:
+    return isinstance(step, (Reparameterize, FoldBatchNorm))
+
+
+def _plain(value: Any) -> Any:
+    """JSON values of a dataclass; None is left out, as TOML has none."""
+    if dataclasses.is_dataclass(value):
+        items = {item.name: getattr(value, item.name) for item in dataclasses.fields(value)}
+        return {name: _plain(inner) for name, inner in items.items() if inner is not None}
+    if isinstance(value, tuple):
+        return [_plain(inner) for inner in value]
+    return str(value) if isinstance(value, Path) else value
