@@ -1,0 +1,109 @@
+"""What processor, memory and system this is: recorded in a bundle, and compared on the device."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+ISA_FLAGS = (
+    "avx2",
+    "fma",
+    "f16c",
+    "avx512f",
+    "avx512bw",
+    "avx512_vnni",
+    "avx_vnni",
+    "avx_vnni_int8",
+    "avx512_bf16",
+    "avx512_fp16",
+    "amx_int8",
+    "amx_bf16",
+    "amx_fp16",
+    "asimd",
+    "asimdhp",
+    "asimddp",
+    "i8mm",
+    "bf16",
+    "sve",
+    "sve2",
+)
+"""Instruction sets that decide how fast, and on some engines how accurately, a quantized network runs."""
+
+
+def describe() -> dict[str, Any]:
+    """This machine: `cpu`, `architecture`, `cores`, `isa`, `memory_bytes`, `os`, `python`.
+
+    `isa` lists those of `ISA_FLAGS` the processor has, and is empty where the system does not tell;
+    `cores` is how many this process may use; `memory_bytes` is None where the system does not tell.
+    """
+    lines = _cpu_lines()
+    return {
+        "cpu": lines.get("model name") or platform.processor() or platform.machine(),
+        "architecture": platform.machine(),
+        "cores": usable_cores(),
+        "isa": isa(),
+        "memory_bytes": _memory_bytes(),
+        "os": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+    }
+
+
+def isa() -> list[str]:
+    """Those of `ISA_FLAGS` that this processor has; empty where the system does not tell."""
+    lines = _cpu_lines()
+    flags = set((lines.get("flags") or lines.get("Features") or "").split())
+    return [flag for flag in ISA_FLAGS if flag in flags]
+
+
+def missing_isa(measured: Iterable[str]) -> list[str]:
+    """Instruction sets among `measured` that this processor lacks; empty where the system does not tell."""
+    own = isa()
+    return [flag for flag in measured if flag not in own] if own else []
+
+
+def usable_cores() -> int:
+    """Cores this process may use: its affinity and its control group's quota, whichever is less."""
+    if sys.platform == "linux":
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count() or 1
+    quota = _quota()
+    return max(1, min(cores, math.ceil(quota))) if quota is not None else cores
+
+
+def _quota() -> float | None:
+    """Cores granted by the container's CPU quota (cgroup v2, then v1), where there is one."""
+    try:
+        limit, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+        return int(limit) / int(period) if limit != "max" else None
+    except (OSError, ValueError):
+        pass
+    try:
+        folder = Path("/sys/fs/cgroup/cpu")
+        amount = int((folder / "cpu.cfs_quota_us").read_text(encoding="ascii"))
+        period_us = int((folder / "cpu.cfs_period_us").read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        return None
+    return amount / period_us if amount > 0 and period_us > 0 else None
+
+
+def _cpu_lines() -> dict[str, str]:
+    """The first processor's lines of /proc/cpuinfo; empty on other systems."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return {}
+    pairs = (line.partition(":") for line in text.split("\n\n")[0].splitlines())
+    return {key.strip(): value.strip() for key, _, value in pairs}
+
+
+def _memory_bytes() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None

@@ -1,0 +1,161 @@
+"""`Session`: a model file opened by an engine. It takes uint8 NHWC batches and returns float32 logits."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from .errors import EngineError, InputSizeError
+
+Dimension = int | None
+"""One dimension of a tensor; None where the file leaves it open."""
+
+
+class Session(ABC):
+    """A predictor: `session(images) -> logits`.
+
+    Attributes:
+        engine: the engine's name.
+        path: the file that was opened.
+        threads: threads the engine was given.
+        size: (height, width) the file takes; None where it leaves either open.
+        channels: channels the file takes; None where it leaves them open.
+        batch: the only batch size the file takes; None where any will do.
+        num_classes: width of the logits; None where the file leaves it open.
+    """
+
+    engine: ClassVar[str]
+
+    def __init__(self, path: Path, threads: int) -> None:
+        self.path = path
+        self.threads = threads
+        self.size: tuple[int, int] | None = None
+        self.channels: Dimension = None
+        self.batch: Dimension = None
+        self.num_classes: Dimension = None
+        self._input_shape: tuple[Dimension, ...] = (None, None, None, None)
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        """Logits of a batch.
+
+        Args:
+            images: (N, H, W, C) uint8; N may be 0.
+
+        Returns:
+            (N, classes) float32, an array of its own.
+
+        Raises:
+            InputSizeError: another shape or dtype.
+            EngineError: the engine failed, or the session was closed.
+        """
+        self._check(images)
+        if len(images) == 0:
+            one = np.zeros((self.batch or 1, *images.shape[1:]), np.uint8)
+            return np.zeros((0, self.num_classes or self._run(one).shape[-1]), np.float32)
+        return self._run(np.ascontiguousarray(images))
+
+    def close(self) -> None:
+        """Free the engine's memory. The session cannot be used afterwards; closing twice is harmless."""
+        self._release()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @abstractmethod
+    def _run(self, images: np.ndarray) -> np.ndarray: ...
+
+    @abstractmethod
+    def _release(self) -> None: ...
+
+    def _describe(
+        self, inputs: Sequence[tuple[str, Sequence[Dimension]]], dtype: str, output: Sequence[Dimension]
+    ) -> None:
+        """Check that the file has the one input cveff's files have, and remember its dimensions.
+
+        Args:
+            inputs: name and shape of every input of the file.
+            dtype: element type of the first input, "uint8" where it is right.
+            output: shape of the output that holds the logits.
+        """
+        if len(inputs) != 1 or dtype != "uint8" or len(inputs[0][1]) != 4:
+            described = ", ".join(f"{name} {_shape(shape)}" for name, shape in inputs)
+            raise EngineError(
+                f"{self.path} takes {described or 'nothing'} of type {dtype or 'none'}; cveff runs files with "
+                "one uint8 input of shape (N, H, W, C), such as cveff.export writes"
+            )
+        shape = tuple(inputs[0][1])
+        self._input_shape = shape
+        self.batch, height, width, self.channels = shape
+        self.size = (height, width) if height is not None and width is not None else None
+        self.num_classes = output[-1] if len(output) == 2 else None
+
+    def _check(self, images: np.ndarray) -> None:
+        expected = _shape(self._input_shape)
+        if not isinstance(images, np.ndarray):
+            raise InputSizeError(
+                f"a {type(images).__name__} was given; the model takes a numpy uint8 array {expected}"
+            )
+        if images.ndim == 3:
+            raise InputSizeError(
+                f"the batch has shape {images.shape}, the model takes {expected}; "
+                "one image is a batch of one: images[None]"
+            )
+        if images.ndim != 4:
+            raise InputSizeError(f"the batch has shape {images.shape}, the model takes {expected}")
+        if images.dtype != np.uint8:
+            raise InputSizeError(
+                f"the batch is {images.dtype}, the model takes uint8 from 0 to 255; scaling and "
+                "normalisation happen inside the model, so give the pixels as they are"
+            )
+        if any(
+            want not in (None, got) for want, got in zip(self._input_shape[1:], images.shape[1:], strict=True)
+        ):
+            advice = self._advice(images.shape)
+            raise InputSizeError(f"the batch has shape {images.shape}, the model takes {expected}; {advice}")
+        if self.batch is not None and len(images) not in (0, self.batch):
+            raise InputSizeError(
+                f"the batch holds {len(images)} images, but {self.path.name} was built for batches of "
+                f"exactly {self.batch}; export it with a dynamic batch"
+            )
+
+    def _advice(self, shape: tuple[int, ...]) -> str:
+        height, width, channels = self._input_shape[1:]
+        if (channels, height, width) == shape[1:]:
+            return "channels come last: images.transpose(0, 2, 3, 1)"
+        return "engine.preprocess(images) decodes, resizes and crops to that shape"
+
+
+def check_options(
+    engine: str, options: Mapping[str, Any] | None, known: Mapping[str, Sequence[Any]]
+) -> dict[str, Any]:
+    """`options` as a dict, after checking its keys and values against those the engine knows.
+
+    Raises:
+        EngineError: an unknown option or value.
+    """
+    options = dict(options or {})
+    for key, value in options.items():
+        if key not in known:
+            raise EngineError(f"{engine} has no option {key!r}; known: {', '.join(sorted(known))}")
+        if value not in known[key]:
+            raise EngineError(f"option {key} of {engine} is {value!r}; use one of {list(known[key])}")
+    return options
+
+
+def first_line(error: BaseException) -> str:
+    """An engine's message without the stack it prints."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2])[:400] if lines else type(error).__name__
+
+
+def _shape(shape: Sequence[Dimension]) -> str:
+    names = ("N", "H", "W", "C")
+    words = [str(size) if size is not None else names[axis] for axis, size in enumerate(shape[:4])]
+    return f"({', '.join(words)})"
