@@ -1,0 +1,110 @@
+"""Peak resident memory, and the time to a first answer, of a fresh process that opens a file and predicts."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import cveff
+from cveff.errors import EngineError
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What the fresh process measured of itself.
+
+    Attributes:
+        peak_rss_bytes: the most memory it ever held resident: interpreter, numpy, engine, weights,
+            activations.
+        baseline_rss_bytes: resident before the engine was imported.
+        open_seconds: importing the engine and opening the file.
+        first_prediction_seconds: the first call, on `batch` images.
+        num_predictions: calls made in all.
+        modules: top-level modules it had imported at the end.
+    """
+
+    peak_rss_bytes: int
+    baseline_rss_bytes: int
+    open_seconds: float
+    first_prediction_seconds: float
+    batch: int
+    threads: int
+    num_predictions: int
+    modules: tuple[str, ...] = field(repr=False)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values, without the list of modules."""
+        return {key: value for key, value in vars(self).items() if key != "modules"}
+
+
+def peak_memory(
+    engine: str,
+    path: str | Path,
+    images: np.ndarray,
+    *,
+    threads: int,
+    options: Mapping[str, Any] | None = None,
+    num_predictions: int = 3,
+    timeout_seconds: float = 120.0,
+) -> Memory:
+    """Open `path` with `engine` in a new process without torch, predict `images`, and report its memory.
+
+    Args:
+        engine, path, threads, options: as `cveff.runtime.engines.open_file`.
+        images: uint8 (N, H, W, C), the batch that is predicted every time.
+        num_predictions: engines still grow their arenas in the second call.
+
+    Raises:
+        EngineError: the process failed (the last line it wrote to stderr is quoted) or took too long.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        np.save(Path(folder) / "images.npy", images, allow_pickle=False)
+        request = {
+            "engine": engine,
+            "path": str(Path(path).absolute()),
+            "images": str(Path(folder) / "images.npy"),
+            "threads": threads,
+            "options": dict(options or {}),
+            "num_predictions": num_predictions,
+        }
+        answer = _run_child(json.dumps(request), timeout_seconds, what=f"{engine} on {path}")
+    return Memory(**{**answer, "modules": tuple(answer["modules"])})
+
+
+def _run_child(request: str, timeout_seconds: float, what: str) -> dict[str, Any]:
+    # The package may be run from a checkout: the child must find the same one whatever its folder.
+    root = str(Path(cveff.__file__).parent.parent)
+    path = os.pathsep.join(part for part in (root, os.environ.get("PYTHONPATH", "")) if part)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "cveff.measure._memory_child"],
+            input=request,
+            capture_output=True,
+            text=True,
+            timeout=timeout_seconds,
+            check=False,
+            env={**os.environ, "PYTHONPATH": path},
+        )
+    except subprocess.TimeoutExpired:
+        raise EngineError(
+            f"{what}: a fresh process took longer than {timeout_seconds:g} s to open the file and predict; "
+            "raise timeout_seconds or use a smaller batch"
+        ) from None
+    if done.returncode != 0:
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        reason = lines[-1].strip() if lines else f"no message, exit status {done.returncode}"
+        if done.returncode < 0:
+            reason = f"killed by signal {-done.returncode} (9: the system ran out of memory); {reason}"
+        raise EngineError(f"{what}: a fresh process could not open the file and predict: {reason}")
+    # Engines may chat on stdout; the answer is the last line.
+    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return answer
