@@ -19,10 +19,9 @@ from .errors import ImageError
 
 Source = str | Path | bytes | np.ndarray | Image.Image
 
-FORMATS = (
-    *("JPEG", "MPO", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO", "TGA"),
-)
-"""Pillow's names of the formats that are read."""
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "WEBP", "TIFF", "JPEG2000", "ICO", "AVIF")
+"""Pillow's names of the formats that are read; those its `preinit` loads come first, AVIF last, because a
+Pillow without it refuses the name once it is reached."""
 
 MAX_PIXELS = 178_956_970
 """Pixels past which an image is refused as a decompression bomb (Pillow's own error limit)."""
@@ -96,6 +95,7 @@ def _open(source: Source, name: str) -> Image.Image:
         if isinstance(source, Image.Image):
             image = source
         elif isinstance(source, (str, os.PathLike, bytes)):
+            Image.preinit()  # a format that is not loaded yet makes `open` load every plugin there is
             image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
         else:
             kind = type(source).__name__
@@ -114,7 +114,7 @@ def _open(source: Source, name: str) -> Image.Image:
         raise ImageError(
             f"{name} is too large to decode safely: {error}; shrink it under {MAX_PIXELS} pixels"
         ) from None
-    except UnidentifiedImageError:
+    except (UnidentifiedImageError, KeyError):
         raise ImageError(f"{name} is {_what(source)}; convert it to PNG or JPEG") from None
     except _DAMAGE as error:
         raise ImageError(f"{name} is corrupt or truncated ({error}); replace the file") from None

@@ -87,7 +87,9 @@ class InputSpec:
             )
         if "size" not in values:
             raise CveffError("input.size is missing; give [height, width]")
-        fixed = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+        fixed: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
+        }
         return cls(**fixed)
 
 

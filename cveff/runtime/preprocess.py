@@ -23,7 +23,7 @@ __all__ = ["IMAGE_SUFFIXES", "MAX_PIXELS", "Source", "decode", "fit", "preproces
 
 IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
-    *(".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".avif", ".tga", ".ico"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".avif", ".ico"),
 )
 """Suffixes (in lower case) of the files that are looked at when a folder is given."""
 
@@ -111,7 +111,7 @@ def _resized(height: int, width: int, spec: InputSpec) -> tuple[int, int]:
 
 
 def _padded(image: Image.Image, spec: InputSpec) -> Image.Image:
-    """`image` in the middle of a canvas no smaller than the crop, filled with the mean; odd pixels go after."""
+    """`image` in the middle of a canvas no smaller than the crop, filled with the mean."""
     size = max(image.width, spec.size[1]), max(image.height, spec.size[0])
     fill = tuple(round(255 * value) for value in spec.mean)
     canvas = Image.new(image.mode, size, fill if spec.channels == 3 else fill[0])

@@ -85,10 +85,10 @@ class Session(ABC):
             output: shape of the output that holds the logits.
         """
         if len(inputs) != 1 or dtype != "uint8" or len(inputs[0][1]) != 4:
-            described = ", ".join(f"{name} {_shape(shape)}" for name, shape in inputs)
+            described = ", ".join(f"{name} {_shape(shape)}" for name, shape in inputs) or "nothing"
             raise EngineError(
-                f"{self.path} takes {described or 'nothing'} of type {dtype or 'none'}; cveff runs files with "
-                "one uint8 input of shape (N, H, W, C), such as cveff.export writes"
+                f"{self.path} takes {described} of type {dtype or 'none'}; cveff runs files with one uint8 "
+                "input of shape (N, H, W, C), such as cveff.export writes"
             )
         shape = tuple(inputs[0][1])
         self._input_shape = shape
