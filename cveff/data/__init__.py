@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cveff.data.augment import Augmentation
     from cveff.data.dataset import Data, Split
+    from cveff.data.folder import load_images
     from cveff.data.loading import load
     from cveff.data.memory import MemorySplit
     from cveff.data.report import DataReport
@@ -25,6 +26,7 @@ _HOME = {
     "calibration_images": "cveff.data.sampling",
     "channel_statistics": "cveff.data.sampling",
     "load": "cveff.data.loading",
+    "load_images": "cveff.data.folder",
 }
 
 __all__ = [
@@ -36,6 +38,7 @@ __all__ = [
     "calibration_images",
     "channel_statistics",
     "load",
+    "load_images",
 ]
 
 

@@ -73,7 +73,13 @@ class Augmentation:
 
 
 def generator(*key: int) -> np.random.Generator:
-    """A random stream that depends on `key` alone: batches can be made in any order, by any process."""
+    """A random stream that depends on `key` alone: batches can be made in any order, by any process.
+
+    Raises:
+        DataError: a part of the key (a seed, an epoch) is negative.
+    """
+    if min(key) < 0:
+        raise DataError(f"seed and epoch must be 0 or more, not {min(key)}")
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(key)))
 
 
@@ -127,8 +133,8 @@ def erase(images: Tensor, probability: float, random: np.random.Generator) -> No
     """
     count, channels, height, width = images.shape
     chosen = random.random(count) < probability
-    area = random.uniform(*ERASING_AREA, count) * (height * width)
-    aspect = np.exp(random.uniform(*np.log(ERASING_ASPECT), count))
+    area = random.uniform(*ERASING_AREA, size=count) * (height * width)
+    aspect = np.exp(random.uniform(math.log(ERASING_ASPECT[0]), math.log(ERASING_ASPECT[1]), size=count))
     tall = np.clip(np.rint(np.sqrt(area * aspect)), 1, height).astype(np.int64)
     wide = np.clip(np.rint(np.sqrt(area / aspect)), 1, width).astype(np.int64)
     top = (random.random(count) * (height - tall + 1)).astype(np.int64)
@@ -157,7 +163,7 @@ def mix(
     if use_cutmix:
         height, width = images.shape[2:]
         side = math.sqrt(1 - share)
-        centre_y, centre_x = random.integers(0, height), random.integers(0, width)
+        centre_y, centre_x = int(random.integers(0, height)), int(random.integers(0, width))
         half_y, half_x = round(height * side) // 2, round(width * side) // 2
         top, bottom = max(centre_y - half_y, 0), min(centre_y + half_y, height)
         left, right = max(centre_x - half_x, 0), min(centre_x + half_x, width)

@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 
 from cveff.data.augment import Augmentation, erase, generator, mirror, mix, normalize, shift
+from cveff.data.decoding import parallel_map, prepare
 from cveff.errors import DataError
 from cveff.runtime.input_spec import InputSpec
-from cveff.runtime.preprocess import preprocess
 
 if TYPE_CHECKING:
     from cveff.data.dataset import Split
 
 # First parts of the random streams' keys, one a purpose.
-_ORDER, _FLIP, _BATCH, _CROP = 1, 2, 3, 4
+_ORDER, _FLIP, _BATCH = 1, 2, 3
 
 
 def evaluation_batches(
@@ -31,15 +31,21 @@ def evaluation_batches(
     """See `Split.evaluation_batches`."""
     if batch_size < 1:
         raise DataError(f"batch_size is {batch_size}; give 1 or more")
+    if limit is not None and limit < 1:
+        raise DataError(f"limit is {limit}; give 1 or more images, or None for all")
     count = len(split) if limit is None else min(limit, len(split))
     targets = np.full(len(split), -1, np.int64) if split.targets is None else split.targets
+    ranges = [(begin, min(begin + batch_size, count)) for begin in range(0, count, batch_size)]
     pixels = split.pixels(spec) if count == len(split) else None
-    for begin in range(0, count, batch_size):
-        end = min(begin + batch_size, count)
-        if pixels is not None:
-            images = pixels[begin:end]
-        else:
-            images = preprocess([split.source(index) for index in range(begin, end)], spec)
+    if pixels is not None:
+        for begin, end in ranges:
+            yield pixels[begin:end], targets[begin:end]
+        return
+    prepared = parallel_map(lambda index: prepare(split, index, spec), range(count))
+    for begin, end in ranges:
+        images = np.empty((end - begin, *spec.size, spec.channels), np.uint8)
+        for position in range(end - begin):
+            images[position] = next(prepared)
         yield images, targets[begin:end]
 
 
@@ -56,24 +62,20 @@ def training_batches(
     num_workers: int = 0,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """See `Split.training_batches`."""
-    if split.targets is None:
-        raise DataError(f"split {split.name!r} has no labels; training needs them")
+    labels = split.class_indices()
     if batch_size < 1:
         raise DataError(f"batch_size is {batch_size}; give 1 or more")
     if len(split) == 0:
         raise DataError(f"split {split.name!r} has no images to train on")
-    if augmentation.mixes and split.targets.max() >= num_classes:
-        raise DataError(
-            f"split {split.name!r} has class {split.targets.max()}, the model only {num_classes} classes"
-        )
+    if labels.max() >= num_classes and augmentation.mixes:
+        raise DataError(f"split {split.name!r} has class {labels.max()}; the model has {num_classes} classes")
     order = generator(_ORDER, seed, epoch).permutation(len(split))
     coins = generator(_FLIP, seed).integers(0, 2, len(split))
-    pixels = split.pixels(spec)
-    assert pixels is not None
-    for step in range(start, split.num_training_batches(batch_size)):
-        indices = order[step * batch_size : (step + 1) * batch_size]
+    steps = range(start, split.num_training_batches(batch_size))
+    batches = [order[step * batch_size : (step + 1) * batch_size] for step in steps]
+    decoded = _decoded(split, batches, spec, augmentation, seed, epoch, num_workers)
+    for step, indices, images in zip(steps, batches, decoded, strict=True):
         random = generator(_BATCH, seed, epoch, step)
-        images = pixels[indices]
         if augmentation.crop_padding:
             images = shift(images, augmentation.crop_padding, random)
         if augmentation.flip == "alternating":
@@ -81,9 +83,29 @@ def training_batches(
         elif augmentation.flip == "random":
             images = mirror(images, random.random(len(images)) < 0.5)
         batch = normalize(images, spec)
-        targets = torch.from_numpy(split.targets[indices])
+        targets = torch.from_numpy(labels[indices])
         if augmentation.erasing:
             erase(batch, augmentation.erasing, random)
         if augmentation.mixes:
             batch, targets = mix(batch, targets, augmentation, num_classes, random)
         yield batch, targets
+
+
+def _decoded(
+    split: Split,
+    batches: list[np.ndarray],
+    spec: InputSpec,
+    augmentation: Augmentation,
+    seed: int,
+    epoch: int,
+    num_workers: int,
+) -> Iterator[np.ndarray]:
+    """Batches of (B, H, W, C) uint8: from memory where they fit, except for random resized crops."""
+    pixels = split.pixels(spec) if augmentation.min_scale == 1 else None
+    if pixels is not None:
+        return (pixels[indices] for indices in batches)
+    from cveff.data.stream import decoded_batches
+
+    return decoded_batches(
+        split, batches, spec, augmentation, seed=seed, epoch=epoch, num_workers=num_workers
+    )

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -14,8 +14,8 @@ from torch import Tensor
 
 from cveff.data.augment import Augmentation
 from cveff.data.report import DataReport
+from cveff.errors import DataError
 from cveff.runtime.input_spec import InputSpec
-from cveff.runtime.preprocess import decode, preprocess
 
 OnBadImage = Literal["error", "skip"]
 ImageSource = Path | bytes | np.ndarray
@@ -55,6 +55,16 @@ class Split(ABC):
     def subset(self, indices: Sequence[int] | np.ndarray, name: str | None = None) -> Split:
         """The images at `indices`, in that order, as a split of their own."""
 
+    def class_indices(self) -> np.ndarray:
+        """`targets`, (N,) int64, for work that needs them.
+
+        Raises:
+            DataError: the split has no labels.
+        """
+        if self.targets is None:
+            raise DataError(f"split {self.name!r} has no labels; this work needs labelled images")
+        return self.targets
+
     def image_name(self, index: int) -> str:
         """What to call an image in a message or a report."""
         return f"{self.name}[{index}]"
@@ -65,7 +75,9 @@ class Split(ABC):
         Raises:
             ImageError: the file is no longer readable.
         """
-        return decode(self.source(index), self.channels)
+        from cveff.data.decoding import read
+
+        return read(self, index, self.channels)
 
     def evaluation_batches(
         self, spec: InputSpec, batch_size: int = 64, limit: int | None = None
@@ -142,8 +154,13 @@ class Split(ABC):
             self._pixels = (key, self._make_pixels(spec))
         return self._pixels[1]
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_pixels": None}  # worker processes decode for themselves
+
     def _make_pixels(self, spec: InputSpec) -> np.ndarray:
-        return preprocess([self.source(index) for index in range(len(self))], spec)
+        from cveff.data.decoding import prepare_many
+
+        return prepare_many(self, range(len(self)), spec)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,8 @@ class MemorySplit(Split):
     def __init__(self, name: str, images: np.ndarray, targets: np.ndarray | None) -> None:
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
             raise DataError(
-                f"split {name!r}: images are {images.dtype} {images.shape}; give uint8 (N, H, W, C) with C of 1 or 3"
+                f"split {name!r}: images are {images.dtype} {images.shape}; "
+                "give uint8 (N, H, W, C) with C of 1 or 3"
             )
         if targets is not None and (targets.shape != (len(images),) or targets.dtype.kind not in "iu"):
             raise DataError(

@@ -6,9 +6,9 @@ import numpy as np
 
 from cveff.data.augment import generator
 from cveff.data.dataset import Split
+from cveff.data.decoding import prepare_many, read
 from cveff.errors import DataError
 from cveff.runtime.input_spec import InputSpec
-from cveff.runtime.preprocess import decode, preprocess
 
 _SPLIT, _CALIBRATION = 11, 12
 
@@ -77,7 +77,7 @@ def calibration_images(split: Split, spec: InputSpec, count: int, seed: int) -> 
         raise DataError(f"number of calibration images is {count}; give 1 or more")
     if len(split) == 0:
         raise DataError(f"split {split.name!r} has no images to calibrate with")
-    return preprocess([split.source(int(index)) for index in calibration_indices(split, count, seed)], spec)
+    return prepare_many(split, calibration_indices(split, count, seed), spec)
 
 
 def channel_statistics(
@@ -97,7 +97,7 @@ def channel_statistics(
     channels = channels or split.channels
     counts = np.zeros((channels, 256), np.int64)
     for index in np.unique(np.linspace(0, len(split) - 1, min(limit, len(split))).astype(np.int64)):
-        pixels = np.asarray(decode(split.source(int(index)), channels)).reshape(-1, channels)
+        pixels = np.asarray(read(split, int(index), channels)).reshape(-1, channels)
         for channel in range(channels):
             counts[channel] += np.bincount(pixels[:, channel], minlength=256)
     shares = counts / counts.sum(axis=1, keepdims=True)
