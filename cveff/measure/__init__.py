@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from cveff.measure.latency import Latency, LatencyResult, Ratio, compare
     from cveff.measure.meaning import MeaningGap, meaning_gap
     from cveff.measure.memory import Memory, peak_memory
+    from cveff.measure.onnx_modules import read_modules, write_modules
     from cveff.measure.onnx_parity import layer_parity
     from cveff.measure.openvino_parity import openvino_layer_parity
     from cveff.measure.parity import (
@@ -69,6 +70,7 @@ _HOME = {
     "per_class_accuracy": "accuracy",
     "pinned_threads": "threads",
     "predict": "accuracy",
+    "read_modules": "onnx_modules",
     "relative_difference": "parity",
     "size_bytes": "size",
     "top1": "accuracy",
@@ -76,6 +78,7 @@ _HOME = {
     "torch_predictor": "predictor",
     "usable_cores": "threads",
     "wilson_interval": "accuracy",
+    "write_modules": "onnx_modules",
 }
 
 __all__ = [
@@ -106,6 +109,7 @@ __all__ = [
     "per_class_accuracy",
     "pinned_threads",
     "predict",
+    "read_modules",
     "relative_difference",
     "size_bytes",
     "top1",
@@ -113,6 +117,7 @@ __all__ = [
     "torch_predictor",
     "usable_cores",
     "wilson_interval",
+    "write_modules",
 ]
 
 

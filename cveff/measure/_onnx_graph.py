@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,7 @@ from typing import Any
 import numpy as np
 
 from cveff.errors import EngineError, MissingDependencyError
-
-SCOPES = "pkg.torch.onnx.name_scopes"
-"""Node metadata of torch's exporter: the modules a node came from, outermost first, then the node itself."""
-MODULE = "module"
-"""Node metadata of cveff's own files: the innermost module's path."""
+from cveff.measure.onnx_modules import node_module
 
 
 @dataclass(frozen=True)
@@ -43,8 +38,9 @@ class Graph:
     Attributes:
         activations: name -> operator, for every tensor computed from an input at the top level, in order.
         modules: name -> path of the PyTorch module that computed it, where the file says.
+        inputs, outputs: names of the graph's inputs and outputs.
         quantized: name of an activation -> its stored integers, where a QuantizeLinear reads it.
-        dequantized: name -> the activation it restores, for the output of a DequantizeLinear.
+        consumers: name -> the nodes that read it.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -67,24 +63,39 @@ class Graph:
         self.activations: dict[str, str] = {}
         self.modules: dict[str, str] = {}
         self.consumers: dict[str, list[Any]] = {}
-        self.producers: dict[str, Any] = {}
         live = set(self.inputs)
         for node in graph.node:
             for name in node.input:
                 self.consumers.setdefault(name, []).append(node)
             for name in filter(None, node.output):
-                self.producers[name] = node
                 if live.intersection(node.input) or any(item.HasField("g") for item in node.attribute):
                     live.add(name)
                     self.activations[name] = node.op_type
-                    if module := _module_of(node):
+                    if module := node_module(node):
                         self.modules[name] = module
             if node.op_type == "Constant":
                 constants.update((node.output[0], item.t) for item in node.attribute if item.name == "value")
         self._constants = constants
         self.quantized: dict[str, Quantized] = {}
-        self.dequantized: dict[str, str] = {}
         self._find_quantized()
+
+    def watchable(self) -> set[str]:
+        """Stored integers that can be read while the engine fuses, without stopping it.
+
+        Not those that feed, through a DequantizeLinear, a node whose output is quantized channel by channel (as
+        NNCF does before depthwise convolutions): ONNX Runtime would then fuse what it cannot, and fail to open.
+        """
+        producers = {name: node for node in self.model.graph.node for name in node.output}
+        refused: set[str] = set()
+        for name, twin in self.quantized.items():
+            if twin.scale.size > 1 and name in producers:
+                sources = [producers.get(item) for item in producers[name].input]
+                refused.update(
+                    node.input[0]
+                    for node in sources
+                    if node is not None and node.op_type == "DequantizeLinear"
+                )
+        return {twin.tensor for twin in self.quantized.values()} - refused
 
     def constant(self, name: str) -> np.ndarray | None:
         """Value of an initializer or Constant node; None for anything else."""
@@ -104,10 +115,6 @@ class Graph:
                 axis = next((item.i for item in node.attribute if item.name == "axis"), 1)
                 twin = Quantized(node.output[0], scale, np.asarray(zero_point), axis)
                 self.quantized.setdefault(node.input[0], twin)
-        restored = {twin.tensor: name for name, twin in self.quantized.items()}
-        for node in self.model.graph.node:
-            if node.op_type == "DequantizeLinear" and node.input[0] in restored:
-                self.dequantized[node.output[0]] = restored[node.input[0]]
 
 
 class Exposed:
@@ -165,28 +172,10 @@ class Exposed:
             raise EngineError(f"ONNX Runtime failed on {self._path}: {_first_line(error)}") from error
         return dict(zip(names, values, strict=True))
 
-    @property
-    def types(self) -> Mapping[str, str]:
-        """Name -> ONNX Runtime's type name of every output."""
-        return {item.name: item.type for item in self._session.get_outputs()}
-
 
 _NUMBERS = frozenset(
     f"tensor({kind})" for kind in ("float", "float16", "double", "uint8", "int8", "uint16", "int16")
 )
-
-
-def _module_of(node: Any) -> str:
-    properties = {item.key: item.value for item in getattr(node, "metadata_props", ())}
-    if MODULE in properties:
-        return properties[MODULE]
-    if SCOPES not in properties:
-        return ""
-    try:
-        scopes = json.loads(properties[SCOPES].replace("'", '"'))  # written as a Python list of plain names
-    except json.JSONDecodeError:
-        return ""
-    return str(scopes[-2]) if isinstance(scopes, list) and len(scopes) > 1 else ""
 
 
 def _import_onnx() -> Any:

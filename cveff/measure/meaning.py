@@ -28,8 +28,8 @@ class MeaningGap:
     Attributes:
         agreement: share of images with the same top-1 class, in [0, 1].
         relative_difference, cosine: of the logits, the file as written being the reference.
-        layers: the same for every activation that the file stores as integers, in order; empty for a float
-            file.
+        layers: the same for every activation that the file stores as integers and that can be watched, in
+            order; empty for a float file.
         layers_are_exact: whether reading those layers left the engine's logits bit for bit as they were.
             If not, the engine fused less while being watched, and the layers only indicate.
     """
@@ -59,10 +59,9 @@ def meaning_gap(file: str | Path, images: np.ndarray, *, threads: int | None = N
     threads = threads or usable_cores()
     graph = Graph(file)
     output = graph.outputs[0]
-    twins = {
-        name: Twin(twin.tensor, twin) for name, twin in graph.quantized.items() if name in graph.activations
-    }
-    stored = [twin.tensor for twin in twins.values()]
+    watchable = graph.watchable()
+    twins = {name: Twin(twin.tensor, twin) for name, twin in graph.quantized.items() if twin.tensor in
+    watchable} stored = [twin.tensor for twin in twins.values()]
     as_written = Exposed(graph, stored, graph_optimizations=False, threads=threads)
     shipped = Exposed(graph, (), graph_optimizations=True, threads=threads)
     meant, given = _logits(as_written, images, output), _logits(shipped, images, output)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -102,6 +103,7 @@ def _run_child(request: str, timeout_seconds: float, what: str) -> dict[str, Any
     if done.returncode != 0:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
         reason = lines[-1].strip() if lines else f"no message, exit status {done.returncode}"
+        reason = re.sub(r"^cveff[\w.]*Error: ", "", reason)  # our own messages stand without the class
         if done.returncode < 0:
             reason = f"killed by signal {-done.returncode} (9: the system ran out of memory); {reason}"
         raise EngineError(f"{what}: a fresh process could not open the file and predict: {reason}")

@@ -60,11 +60,8 @@ def layer_parity(
     reference_graph, other_graph = Graph(reference_onnx), Graph(other)
     twins = match(reference_graph, other_graph)
     if graph_optimizations:
-        twins = {
-            name: twin
-            for name, twin in twins.items()
-            if twin.quantized is not None or twin.tensor in other_graph.outputs
-        }
+        visible = {*other_graph.watchable(), *other_graph.outputs}
+        twins = {name: twin for name, twin in twins.items() if twin.tensor in visible}
     if not twins:
         raise CveffError(
             f"{reference_onnx} and {other} have no tensor name in common; compare files made from one export"

@@ -23,7 +23,7 @@ def relative_difference(values: np.ndarray, reference: np.ndarray) -> float:
 
 
 def cosine(values: np.ndarray, reference: np.ndarray) -> float:
-    """Cosine of the angle between two arrays read as vectors, in [-1, 1]; 1 where both are all zero."""
+    """Cosine of the angle between two arrays read as vectors, in [-1, 1]; exactly 1 for equal arrays."""
     comparison = Comparison()
     comparison.add(values, reference)
     return comparison.cosine
@@ -70,8 +70,8 @@ class Comparison:
     @property
     def cosine(self) -> float:
         """See the function of this name."""
-        if self._square == 0 and self._reference_square == 0:
-            return 1.0
+        if self._difference == 0:
+            return 1.0  # exactly: rounding in the sums would leave a trace
         norm = math.sqrt(self._square) * math.sqrt(self._reference_square)
         return min(1.0, max(-1.0, self._dot / norm)) if norm else 0.0
 
