@@ -82,8 +82,9 @@ class Graph:
     def watchable(self) -> set[str]:
         """Stored integers that can be read while the engine fuses, without stopping it.
 
-        Not those that feed, through a DequantizeLinear, a node whose output is quantized channel by channel (as
-        NNCF does before depthwise convolutions): ONNX Runtime would then fuse what it cannot, and fail to open.
+        Not those that feed, through a DequantizeLinear, a node whose output is quantized channel by
+        channel (as NNCF does before depthwise convolutions): ONNX Runtime would then fuse what it cannot,
+        and fail to open.
         """
         producers = {name: node for node in self.model.graph.node for name in node.output}
         refused: set[str] = set()

@@ -60,8 +60,10 @@ def meaning_gap(file: str | Path, images: np.ndarray, *, threads: int | None = N
     graph = Graph(file)
     output = graph.outputs[0]
     watchable = graph.watchable()
-    twins = {name: Twin(twin.tensor, twin) for name, twin in graph.quantized.items() if twin.tensor in
-    watchable} stored = [twin.tensor for twin in twins.values()]
+    twins = {
+        name: Twin(twin.tensor, twin) for name, twin in graph.quantized.items() if twin.tensor in watchable
+    }
+    stored = [twin.tensor for twin in twins.values()]
     as_written = Exposed(graph, stored, graph_optimizations=False, threads=threads)
     shipped = Exposed(graph, (), graph_optimizations=True, threads=threads)
     meant, given = _logits(as_written, images, output), _logits(shipped, images, output)

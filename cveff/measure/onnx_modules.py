@@ -14,7 +14,8 @@ SCOPES = "pkg.torch.onnx.name_scopes"
 def read_modules(proto: Any) -> dict[str, str]:
     """Tensor -> path of the innermost module that computed it, for every node of an `onnx.ModelProto` that says.
 
-    Simplifiers and quantizers drop node metadata but keep the names of tensors, so read before and write after:
+    Simplifiers and quantizers drop node metadata but keep the names of tensors, so read before and write
+    after:
 
         modules = read_modules(proto)
         proto = simplify(proto)
