@@ -45,10 +45,14 @@ def edit_from_json(values: Mapping[str, Any]) -> Edit:
     fields = dict(values)
     kind = fields.pop("kind", None)
     if kind not in _HOME:
-        raise CheckpointError(f"edit kind {kind!r} is unknown; known: {sorted(_HOME)}. Upgrade cveff to read this model")
+        raise CheckpointError(
+            f"edit kind {kind!r} is unknown; known: {sorted(_HOME)}. Upgrade cveff to read this model"
+        )
     module, name = _HOME[kind].split(":")
     try:
-        return cast(Edit, getattr(importlib.import_module(module), name)(**{k: _frozen(v) for k, v in fields.items()}))
+        return cast(
+            Edit, getattr(importlib.import_module(module), name)(**{k: _frozen(v) for k, v in fields.items()})
+        )
     except TypeError as error:
         raise CheckpointError(f"edit {kind!r} has fields that do not fit: {error}") from error
 

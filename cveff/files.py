@@ -45,7 +45,9 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     if path.exists() and not path.is_dir():
-        raise CveffError(f"{path} is an existing file; give a folder that does not exist yet, or remove the file")
+        raise CveffError(
+            f"{path} is an existing file; give a folder that does not exist yet, or remove the file"
+        )
     with _writable(path), _umask_mode() as mode:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
@@ -79,7 +81,9 @@ def _writable(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise CveffError(f"cannot write {path}: {error.strerror or error}; nothing was left half-written") from error
+        raise CveffError(
+            f"cannot write {path}: {error.strerror or error}; nothing was left half-written"
+        ) from error
 
 
 @contextmanager

@@ -77,7 +77,9 @@ class ModelSpec:
                 edits=tuple(edit_from_json(edit) for edit in values["edits"]),
             )
         except KeyError as error:
-            raise CheckpointError(f"model description lacks the key {error}; it was not written by cveff.save") from None
+            raise CheckpointError(
+                f"model description lacks the key {error}; it was not written by cveff.save"
+            ) from None
 
 
 @dataclass
@@ -174,7 +176,9 @@ def save(model: Model, path: str | Path) -> None:
         CveffError: the folder cannot be written.
     """
     # Tied weights share storage, which safetensors refuses; copies load back to the same values.
-    state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.module.state_dict().items()}
+    state = {
+        name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.module.state_dict().items()
+    }
     with atomic_folder(path) as folder:
         save_file(state, str(folder / "weights.safetensors"))
         write_json(folder / "model.json", {"checkpoint_version": CHECKPOINT_VERSION, **model.spec.to_json()})
@@ -195,7 +199,9 @@ def load(path: str | Path) -> Model:
     try:
         values = json.loads(description.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{description} is not valid JSON ({error}); the checkpoint is damaged") from error
+        raise CheckpointError(
+            f"{description} is not valid JSON ({error}); the checkpoint is damaged"
+        ) from error
     version = values.get("checkpoint_version")
     if not isinstance(version, int) or version > CHECKPOINT_VERSION:
         raise CheckpointError(
@@ -234,7 +240,11 @@ def load_weights(module: nn.Module, path: str | Path, name: str = "the model") -
     if missing or unexpected or wrong:
         parts = [
             f"{len(values)} {what} ({', '.join(values[:3])}{', …' if len(values) > 3 else ''})"
-            for what, values in (("missing", missing), ("unexpected", unexpected), ("of another shape", wrong))
+            for what, values in (
+                ("missing", missing),
+                ("unexpected", unexpected),
+                ("of another shape", wrong),
+            )
             if values
         ]
         raise CheckpointError(
@@ -254,7 +264,9 @@ def read_state(path: str | Path) -> dict[str, torch.Tensor]:
             return load_file(str(path))
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, RuntimeError, EOFError, ValueError, OSError, KeyError) as error:
-        raise CheckpointError(f"{path} is damaged or truncated ({_first_line(error)}); copy it again") from error
+        raise CheckpointError(
+            f"{path} is damaged or truncated ({_first_line(error)}); copy it again"
+        ) from error
     except Exception as error:
         if type(error).__name__ != "UnpicklingError":
             raise
@@ -265,7 +277,9 @@ def read_state(path: str | Path) -> dict[str, torch.Tensor]:
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise CheckpointError(f"{path} does not hold a state dict of tensors; save model.state_dict() and load that")
+        raise CheckpointError(
+            f"{path} does not hold a state dict of tensors; save model.state_dict() and load that"
+        )
     return {re.sub(r"^module\.", "", key): value for key, value in state.items()}
 
 

@@ -94,7 +94,9 @@ def apply(
     given = {"data": data, "target": target, "teacher": teacher, "folder": folder}
     for step in sequence:
         if not isinstance(step, (Step, Edit)):
-            raise StepError(f"{step!r} is neither a step nor an edit; give an instance such as Prune(ratio=0.5)")
+            raise StepError(
+                f"{step!r} is neither a step nor an edit; give an instance such as Prune(ratio=0.5)"
+            )
         for name in getattr(step, "requires", ()):
             if given.get(name) is None:
                 raise StepError(f"{type(step).__name__} needs {name}; pass {name}=… to cveff.apply")
@@ -115,5 +117,7 @@ def apply(
     )
     model = Model(model.spec, copy.deepcopy(model.module))
     for step in sequence:
-        model = step(model, run) if isinstance(step, Step) else with_module(model, step.apply(model.module), step)
+        model = (
+            step(model, run) if isinstance(step, Step) else with_module(model, step.apply(model.module), step)
+        )
     return model

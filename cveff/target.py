@@ -49,7 +49,9 @@ def load_target(target: str | Path | Target) -> Target:
         return target
     path = Path(target) if str(target).endswith(".toml") else _PROFILES / f"{target}.toml"
     if not path.is_file():
-        raise TargetError(f"no target profile {str(target)!r}; known: {', '.join(target_names())}, or a .toml file")
+        raise TargetError(
+            f"no target profile {str(target)!r}; known: {', '.join(target_names())}, or a .toml file"
+        )
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:
@@ -71,10 +73,16 @@ def _validated(values: dict[str, Any], path: Path) -> Target:
             raise TargetError(f"{path}: {key} is missing")
     pairs = []
     for pair in values["candidates"]:
-        if not isinstance(pair, list) or len(pair) != 2 or pair[0] not in ("onnxruntime", "openvino") or pair[1] not in (
-            "fp32",
-            "bf16",
-            "int8",
+        if (
+            not isinstance(pair, list)
+            or len(pair) != 2
+            or pair[0] not in ("onnxruntime", "openvino")
+            or pair[1]
+            not in (
+                "fp32",
+                "bf16",
+                "int8",
+            )
         ):
             raise TargetError(
                 f"{path}: candidates holds {pair!r}; give [engine, precision] with engine onnxruntime or openvino "

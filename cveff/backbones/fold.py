@@ -19,7 +19,10 @@ from cveff.model import Model, with_module
 from cveff.steps import Run
 
 _CONVOLUTIONS = {torch.ops.aten.conv1d.default, torch.ops.aten.conv2d.default, torch.ops.aten.conv2d.padding}
-_BATCH_NORMS = {torch.ops.aten.batch_norm.default, torch.ops.aten._native_batch_norm_legit_no_training.default}
+_BATCH_NORMS = {
+    torch.ops.aten.batch_norm.default,
+    torch.ops.aten._native_batch_norm_legit_no_training.default,
+}
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,9 @@ class FoldBatchNorm:
         """
         pairs = find_pairs(model)
         if not pairs:
-            raise StepError(f"{model.spec.architecture} has no batch norm directly behind a convolution; remove the step")
+            raise StepError(
+                f"{model.spec.architecture} has no batch norm directly behind a convolution; remove the step"
+            )
         edit = FoldedBatchNorm(pairs)
         return with_module(model, edit.apply(model.module), edit)
 
@@ -110,7 +115,9 @@ def _fold(module: nn.Module, convolution_name: str, norm_name: str) -> None:
         convolution, norm = module.get_submodule(convolution_name), module.get_submodule(norm_name)
     except AttributeError as error:
         raise StepError(f"cannot fold {norm_name} into {convolution_name}: {error}") from error
-    if not isinstance(convolution, nn.modules.conv._ConvNd) or not isinstance(norm, nn.modules.batchnorm._BatchNorm):
+    if not isinstance(convolution, nn.modules.conv._ConvNd) or not isinstance(
+        norm, nn.modules.batchnorm._BatchNorm
+    ):
         raise StepError(
             f"cannot fold {norm_name} ({type(norm).__name__}) into {convolution_name} ({type(convolution).__name__}); "
             "a convolution and a batch norm are needed"

@@ -1,4 +1,4 @@
-"""Merge the parallel branches of re-parameterisable blocks (RepVGG, MobileOne, FastViT, RepViT, …) into one convolution.
+"""Merge the branches of re-parameterisable blocks (RepVGG, MobileOne, FastViT, RepViT, …) into one convolution.
 
 Ding et al., "RepVGG: Making VGG-style ConvNets Great Again" (CVPR 2021), section 3.3: a batch norm is an affine
 map and a 1×1 or identity branch is a 3×3 kernel, so their sum is one 3×3 convolution. The blocks' own modules

@@ -99,21 +99,21 @@ class SmallResNet(nn.Module):
         return self.fc(self.drop(self.pool(self.forward_features(x)).flatten(1)))
 
 
-def _small_resnet(pretrained: bool, widths: Sequence[int], depths: Sequence[int], **kwargs: Any) -> SmallResNet:
+def _small_resnet(pretrained: bool, arguments: dict[str, Any]) -> SmallResNet:
     if pretrained:
         raise RuntimeError("small_resnet has no weights to download; `cveff models --zoo` lists trained ones")
     for name in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):
-        kwargs.pop(name, None)
-    return SmallResNet(kwargs.pop("widths", widths), kwargs.pop("depths", depths), **kwargs)
+        arguments.pop(name, None)
+    return SmallResNet(**arguments)
 
 
 @register_model
 def small_resnet_s(pretrained: bool = False, **kwargs: Any) -> SmallResNet:
     """84 thousand parameters (grey input, 10 classes)."""
-    return _small_resnet(pretrained, (16, 32, 48), (1, 1, 1), **kwargs)
+    return _small_resnet(pretrained, {"widths": (16, 32, 48), "depths": (1, 1, 1), **kwargs})
 
 
 @register_model
 def small_resnet_m(pretrained: bool = False, **kwargs: Any) -> SmallResNet:
     """482 thousand parameters (grey input, 10 classes)."""
-    return _small_resnet(pretrained, (32, 64, 128), (1, 1, 1), **kwargs)
+    return _small_resnet(pretrained, {"widths": (32, 64, 128), "depths": (1, 1, 1), **kwargs})

@@ -25,7 +25,9 @@ class MovingAverage:
         weight = 1 - min(self.decay, (1 + step) / (10 + step))
         averages, values = self.module.state_dict(), module.state_dict()
         floating = [name for name, value in averages.items() if value.dtype.is_floating_point]
-        torch._foreach_lerp_([averages[name] for name in floating], [values[name] for name in floating], weight)
+        torch._foreach_lerp_(
+            [averages[name] for name in floating], [values[name] for name in floating], weight
+        )
         for name, average in averages.items():
             if not average.dtype.is_floating_point:
                 average.copy_(values[name])

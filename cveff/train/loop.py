@@ -68,7 +68,11 @@ class _Trainer:
         self.precision = _precision(settings.precision, run.device)
         self.module: nn.Module = model.module.to(run.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.optimizer = build_optimizer(
-            self.module, settings.optimizer, settings.peak_learning_rate, settings.weight_decay, settings.momentum
+            self.module,
+            settings.optimizer,
+            settings.peak_learning_rate,
+            settings.weight_decay,
+            settings.momentum,
         )
         self.average = MovingAverage(self.module, settings.ema) if settings.ema else None
         self.scaler = torch.amp.GradScaler(run.device.type, enabled=self.precision == torch.float16)
@@ -86,7 +90,9 @@ class _Trainer:
         start = self.step
         if not self.finished:
             steps = iter(
-                self.run.progress.track(range(start, self.total_steps), "training", total=self.total_steps - start)
+                self.run.progress.track(
+                    range(start, self.total_steps), "training", total=self.total_steps - start
+                )
             )
             for epoch in range(start // self.batches_per_epoch, self.settings.epochs):
                 self._train_epoch(epoch, steps)
@@ -136,11 +142,16 @@ class _Trainer:
         self.optimizer.set_factor(self._factor(self.step))
         self.optimizer.zero_grad()
         total = torch.zeros((), device=self.run.device)
-        for part, answers in zip(images.chunk(settings.accumulation), targets.chunk(settings.accumulation), strict=True):
+        for part, answers in zip(
+            images.chunk(settings.accumulation), targets.chunk(settings.accumulation), strict=True
+        ):
             with self._autocast():
                 logits = self.module(part.to(self.run.device, non_blocking=True))
             loss = F.cross_entropy(
-                logits.float(), answers.to(self.run.device), label_smoothing=settings.label_smoothing, reduction="sum"
+                logits.float(),
+                answers.to(self.run.device),
+                label_smoothing=settings.label_smoothing,
+                reduction="sum",
             ) / len(images)
             self.scaler.scale(loss).backward()
             total += loss.detach()
@@ -166,11 +177,15 @@ class _Trainer:
         is_last = epoch + 1 == settings.epochs
         if is_last or (epoch + 1) % settings.validate_every == 0:
             module = self.average.module if self.average else self.module
-            figures = evaluate(module, self.val_split, self.model.spec.input, self.run.device, self._autocast())
+            figures = evaluate(
+                module, self.val_split, self.model.spec.input, self.run.device, self._autocast()
+            )
             self.epoch_figures |= {"val/accuracy": figures["accuracy"], "val/loss": figures["loss"]}
             if figures["accuracy"] > self.best_accuracy:
                 self.best_accuracy, self.best_epoch = figures["accuracy"], epoch
-                self.best_weights = {name: value.detach().cpu().clone() for name, value in module.state_dict().items()}
+                self.best_weights = {
+                    name: value.detach().cpu().clone() for name, value in module.state_dict().items()
+                }
                 if self.run.folder:
                     self._save_model(self.best_weights, "best")
             self.run.progress.message(
@@ -185,7 +200,9 @@ class _Trainer:
                 self._save_model((self.average.module if self.average else self.module).state_dict(), "last")
             self._save_state()
         if stop and not is_last:
-            self.run.progress.message(f"stopped early: no better validation accuracy for {settings.patience} epochs")
+            self.run.progress.message(
+                f"stopped early: no better validation accuracy for {settings.patience} epochs"
+            )
         return stop
 
     def _kept(self) -> Model:
@@ -301,7 +318,9 @@ def evaluate(
     with autocast or nullcontext():
         for images, targets in split.evaluation_batches(spec, _EVALUATION_BATCH):
             batch = torch.tensor(images, device=device).permute(0, 3, 1, 2)
-            logits = module(((batch.float() / 255 - mean) / std).contiguous(memory_format=torch.channels_last)).float()
+            logits = module(
+                ((batch.float() / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
+            ).float()
             answers = torch.tensor(targets, device=device)
             correct += int((logits.argmax(1) == answers).sum())
             loss += float(F.cross_entropy(logits, answers, reduction="sum"))
@@ -316,7 +335,9 @@ def _precision(name: str, device: torch.device) -> torch.dtype:
             return torch.bfloat16 if set(describe()["isa"]) & set(_BF16_ISA) else torch.float32
         return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
     if name == "fp16" and device.type == "cpu":
-        raise TrainingError("train.precision is 'fp16' and the device is the CPU, which has none; use 'auto' or 'bf16'")
+        raise TrainingError(
+            "train.precision is 'fp16' and the device is the CPU, which has none; use 'auto' or 'bf16'"
+        )
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
 
 

@@ -49,7 +49,9 @@ class MatrixMuon(torch.optim.Optimizer):
     channels_last memory are viewed as (out, h·w·in) without a copy.
     """
 
-    def __init__(self, params: Sequence[nn.Parameter], lr: float, momentum: float, weight_decay: float) -> None:
+    def __init__(
+        self, params: Sequence[nn.Parameter], lr: float, momentum: float, weight_decay: float
+    ) -> None:
         self._kernels = list(params)
         self._matrices = [nn.Parameter(_as_matrix(parameter.detach())) for parameter in self._kernels]
         self._muon = torch.optim.Muon(
@@ -84,13 +86,21 @@ def build_optimizer(
         name: "sgd", "adamw" or "muon". Muon leaves the first weight, the classifier and everything below two
             dimensions to AdamW at a tenth of its learning rate.
     """
-    matrices = [parameter for parameter in module.parameters() if parameter.requires_grad and parameter.ndim > 1]
-    vectors = [parameter for parameter in module.parameters() if parameter.requires_grad and parameter.ndim <= 1]
+    matrices = [
+        parameter for parameter in module.parameters() if parameter.requires_grad and parameter.ndim > 1
+    ]
+    vectors = [
+        parameter for parameter in module.parameters() if parameter.requires_grad and parameter.ndim <= 1
+    ]
     if name == "sgd":
         groups = list(_groups(matrices, vectors, weight_decay))
-        return ScheduledOptimizers([torch.optim.SGD(groups, lr=learning_rate, momentum=momentum, nesterov=momentum > 0)])
+        return ScheduledOptimizers(
+            [torch.optim.SGD(groups, lr=learning_rate, momentum=momentum, nesterov=momentum > 0)]
+        )
     if name == "adamw":
-        return ScheduledOptimizers([torch.optim.AdamW(list(_groups(matrices, vectors, weight_decay)), lr=learning_rate)])
+        return ScheduledOptimizers(
+            [torch.optim.AdamW(list(_groups(matrices, vectors, weight_decay)), lr=learning_rate)]
+        )
     hidden = [parameter for parameter in matrices[1:-1] if parameter.ndim in (2, 4)]
     rest = [parameter for parameter in matrices if all(parameter is not other for other in hidden)]
     optimizers: list[torch.optim.Optimizer] = []

@@ -75,15 +75,21 @@ class Train:
         self._check("batch_size", self.batch_size >= 2, "2 or more (batch norm needs more than one image)")
         self._check("accumulation", self.accumulation >= 1, "1 or more")
         self._check("optimizer", self.optimizer in DEFAULT_LEARNING_RATE, "sgd, adamw or muon")
-        self._check("learning_rate", self.learning_rate is None or self.learning_rate > 0, "a positive number")
+        self._check(
+            "learning_rate", self.learning_rate is None or self.learning_rate > 0, "a positive number"
+        )
         self._check("weight_decay", self.weight_decay >= 0, "0 or more")
         self._check("momentum", 0 <= self.momentum < 1, "a number in [0, 1)")
-        self._check("schedule", self.schedule in ("cosine", "one-cycle", "triangular", "constant"), "a known schedule")
+        self._check(
+            "schedule", self.schedule in ("cosine", "one-cycle", "triangular", "constant"), "a known schedule"
+        )
         self._check("warmup_epochs", self.warmup_epochs >= 0, "0 or more")
         self._check("label_smoothing", 0 <= self.label_smoothing < 1, "a number in [0, 1)")
         self._check("ema", 0 <= self.ema < 1, "a decay in [0, 1)")
         self._check("clip_norm", self.clip_norm >= 0, "0 or more")
-        self._check("precision", self.precision in ("auto", "fp32", "bf16", "fp16"), "auto, fp32, bf16 or fp16")
+        self._check(
+            "precision", self.precision in ("auto", "fp32", "bf16", "fp16"), "auto, fp32, bf16 or fp16"
+        )
         self._check("keep", self.keep in ("best", "last"), "best or last")
         self._check("patience", self.patience >= 0, "0 or more")
         self._check("validate_every", self.validate_every >= 1, "1 or more")

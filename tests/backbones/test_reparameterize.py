@@ -72,7 +72,9 @@ def test_merging_twice_is_refused() -> None:
         cveff.apply(model, Reparameterize())
 
 
-@pytest.mark.parametrize("architecture", ["small_resnet_s", "test_resnet", "mobilenetv3_small_050", "tf_efficientnet_lite0"])
+@pytest.mark.parametrize(
+    "architecture", ["small_resnet_s", "test_resnet", "mobilenetv3_small_050", "tf_efficientnet_lite0"]
+)
 def test_folded_batch_norms_compute_the_same(architecture: str, tmp_path) -> None:
     model = settle(cveff.create(architecture, num_classes=5, image_size=64))
     before = logits(model)
