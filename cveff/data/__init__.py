@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cveff.data.augment import Augmentation
+    from cveff.data.augmentation import Augmentation
     from cveff.data.dataset import Data, Split
     from cveff.data.folder import load_images
     from cveff.data.loading import load
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from cveff.data.sampling import calibration_images, channel_statistics
 
 _HOME = {
-    "Augmentation": "cveff.data.augment",
+    "Augmentation": "cveff.data.augmentation",
     "Data": "cveff.data.dataset",
     "DataReport": "cveff.data.report",
     "MemorySplit": "cveff.data.memory",

@@ -13,8 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cveff.data.augment import Augmentation, erase, generator, mirror, mix, normalize, shift
+from cveff.data.augment import erase, mirror, mix, normalize, shift
+from cveff.data.augmentation import Augmentation
 from cveff.data.decoding import parallel_map, prepare
+from cveff.data.randomness import generator
+from cveff.data.workers import decoded_batches
 from cveff.errors import DataError
 from cveff.runtime.input_spec import InputSpec
 
@@ -104,8 +107,6 @@ def _decoded(
     pixels = split.pixels(spec) if augmentation.min_scale == 1 else None
     if pixels is not None:
         return (pixels[indices] for indices in batches)
-    from cveff.data.stream import decoded_batches
-
     return decoded_batches(
         split, batches, spec, augmentation, seed=seed, epoch=epoch, num_workers=num_workers
     )

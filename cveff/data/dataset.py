@@ -6,16 +6,18 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from PIL import Image
-from torch import Tensor
 
-from cveff.data.augment import Augmentation
+from cveff.data.augmentation import Augmentation
 from cveff.data.report import DataReport
 from cveff.errors import DataError
 from cveff.runtime.input_spec import InputSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 OnBadImage = Literal["error", "skip"]
 ImageSource = Path | bytes | np.ndarray
@@ -41,7 +43,7 @@ class Split(ABC):
         self.targets = None if targets is None else np.ascontiguousarray(targets, dtype=np.int64)
         self.native_size = native_size
         self.channels = channels
-        self._pixels: tuple[tuple[object, ...], np.ndarray] | None = None
+        self._pixels: tuple[InputSpec, np.ndarray] | None = None
 
     @abstractmethod
     def __len__(self) -> int:
@@ -145,13 +147,12 @@ class Split(ABC):
     def pixels(self, spec: InputSpec) -> np.ndarray | None:
         """All images at the model's input, (N, H, W, C) uint8, or None where they would not fit in memory.
 
-        Made once for each geometry and kept; `mean` and `std` play no part. Do not write to it.
+        Made once and kept until asked for another `spec`. Do not write to it.
         """
         if len(self) * spec.size[0] * spec.size[1] * spec.channels > MEMORY_LIMIT:
             return None
-        key = (spec.size, spec.channels, spec.interpolation, spec.crop, spec.enlarge)
-        if self._pixels is None or self._pixels[0] != key:
-            self._pixels = (key, self._make_pixels(spec))
+        if self._pixels is None or self._pixels[0] != spec:
+            self._pixels = (spec, self._make_pixels(spec))
         return self._pixels[1]
 
     def __getstate__(self) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -67,9 +66,7 @@ def parallel_map(function: Callable[[int], T], indices: Iterable[int]) -> Iterat
     Results that wait to be taken are bounded, so a large split does not fill memory.
     """
     threads = usable_cores()
-    # decode() silences Pillow's size warning through Python's warning filters, which threads share: put
-    # the filters back as they were.
-    with warnings.catch_warnings(), ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(threads) as pool:
         waiting: deque[Future[T]] = deque()
         try:
             for index in indices:
@@ -89,11 +86,9 @@ def read(split: Split, index: int, channels: int) -> Image.Image:
         ImageError: it cannot be read; the message names it.
     """
     source = split.source(index)
-    try:
-        return decode(source, channels)
-    except ImageError as error:
-        message = str(error) if isinstance(source, Path) else f"{split.image_name(index)}: {error}"
-        raise ImageError(printable(message)) from None
+    return decode(
+        source, channels, printable(str(source)) if isinstance(source, Path) else split.image_name(index)
+    )
 
 
 def prepare(split: Split, index: int, spec: InputSpec) -> np.ndarray:

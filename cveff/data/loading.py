@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import get_args
 
 from cveff.data.dataset import Data, OnBadImage
-from cveff.data.folder import load_folder
+from cveff.data.folder import load_folder, load_images
 from cveff.data.named import NAMED, find_imagenet
 from cveff.data.webdataset import is_shard_pattern, load_shards
 from cveff.errors import DataError
 from cveff.progress import Progress
+
+__all__ = ["load", "load_images"]
 
 
 def load(

@@ -159,8 +159,8 @@ def _find_cifar(cifar: Cifar) -> Path:
         return places[0]
     note = f"{pickled} is the Python version, whose pickled files are not read. " if pickled else ""
     raise DataError(
-        f"{cifar.name} was not found: no {cifar.folder} in {root} ($CVEFF_DATA, or the cache where that is not "
-        f"set), and the download of {cifar.url} failed: {reason}. {note}Unpack the binary version into a "
+        f"{cifar.name} was not found: no {cifar.folder} in {root} ($CVEFF_DATA, or the cache where that is "
+        f"not set), and the download of {cifar.url} failed: {reason}. {note}Unpack the binary version into a "
         "folder and set CVEFF_DATA to it"
     )
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from cveff.data.augment import generator
 from cveff.data.dataset import Split
 from cveff.data.decoding import prepare_many, read
+from cveff.data.randomness import generator
 from cveff.errors import DataError
 from cveff.runtime.input_spec import InputSpec
 

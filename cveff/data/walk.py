@@ -9,14 +9,7 @@ from pathlib import Path
 from cveff.data.decoding import printable
 from cveff.data.report import BadImage
 from cveff.errors import DataError
-
-# fmt: off
-IMAGE_SUFFIXES = frozenset({
-    ".avif", ".bmp", ".dib", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm",
-    ".ppm", ".tga", ".tif", ".tiff", ".webp",
-})
-# fmt: on
-"""Extensions, in lower case, of files that are taken for images."""
+from cveff.runtime.preprocess import IMAGE_SUFFIXES
 
 _LITTER = frozenset({"thumbs.db", "desktop.ini", "__macosx"})
 _NOTES = ("readme", "license", "licence")

@@ -17,12 +17,12 @@ import numpy as np
 from cveff.data.checks import check, check_classes, check_labels, keep_readable
 from cveff.data.dataset import Data, OnBadImage, Split
 from cveff.data.decoding import printable
+from cveff.data.disk import ShardSplit
 from cveff.data.folder import SPLIT_FOLDERS, split_off_val
 from cveff.data.report import BadImage
-from cveff.data.stream import ShardSplit
-from cveff.data.walk import IMAGE_SUFFIXES
 from cveff.errors import DataError, MissingDependencyError
 from cveff.progress import Progress, Silent
+from cveff.runtime.preprocess import IMAGE_SUFFIXES
 
 _LABEL_FILES = ("classes.txt", "labels.txt")
 _MAX_LABEL_BYTES = 4096

@@ -46,6 +46,7 @@ _DAMAGE = (
     TypeError,
     OverflowError,
     struct.error,
+    RuntimeError,  # the AVIF decoder
 )
 
 
