@@ -194,14 +194,18 @@ def evaluate(model: Model, data: Data, progress: Progress | None = None) -> floa
     split = data.evaluation
     batches = split.evaluation_batches(model.spec.input, batch_size=_EVALUATION_BATCH)
     if progress is not None:
-        batches = progress.track(batches, f"scoring on {split.name}", math.ceil(len(split) / _EVALUATION_BATCH))
+        batches = progress.track(
+            batches, f"scoring on {split.name}", math.ceil(len(split) / _EVALUATION_BATCH)
+        )
     logits, targets = predict(torch_predictor(model), batches)
     if targets is None:
         raise DataError(f"split {split.name!r} of {data.name} has no labels to score against")
     return top1(logits, targets)
 
 
-def _deploy(model: Model, recipe: Recipe, data: Data, out: Path, resume: bool, progress: Progress) -> Deployment:
+def _deploy(
+    model: Model, recipe: Recipe, data: Data, out: Path, resume: bool, progress: Progress
+) -> Deployment:
     from cveff.export.deploy import Deployment, deploy
 
     assert recipe.deploy is not None
@@ -262,7 +266,9 @@ def _check_same_recipe(record: Path, recipe: Recipe) -> None:
 
 def _flat(value: Any, path: str = "") -> dict[str, Any]:
     if isinstance(value, Mapping):
-        return {key: inner for name, item in value.items() for key, inner in _flat(item, f"{path}{name}.").items()}
+        return {
+            key: inner for name, item in value.items() for key, inner in _flat(item, f"{path}{name}.").items()
+        }
     if isinstance(value, list) and value and isinstance(value[0], Mapping):
         return _flat({f"[{index}]": item for index, item in enumerate(value)}, path)
     return {path.removesuffix("."): value}

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from cveff.backbones import FoldBatchNorm, Reparameterize
+from cveff.data.augment import Augmentation
+from cveff.data.named import NAMED
 from cveff.errors import RecipeError
 from cveff.schema import parse
 from cveff.steps import Step
@@ -61,7 +63,9 @@ class ModelSettings:
             raise RecipeError("pretrained: cannot be combined with weights; remove one of the two")
         for name in ("num_classes", "in_chans", "img_size"):
             if name in self.arguments:
-                raise RecipeError(f"arguments.{name}: is set from the data, image_size and channels; remove it")
+                raise RecipeError(
+                    f"arguments.{name}: is set from the data, image_size and channels; remove it"
+                )
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,9 @@ class DeploySettings:
 
     def __post_init__(self) -> None:
         if not 0 <= self.max_accuracy_drop <= 100:
-            raise RecipeError(f"max_accuracy_drop: {self.max_accuracy_drop!r} is not a number of points, 0 to 100")
+            raise RecipeError(
+                f"max_accuracy_drop: {self.max_accuracy_drop!r} is not a number of points, 0 to 100"
+            )
         if self.num_calibration < 1:
             raise RecipeError(f"num_calibration: {self.num_calibration!r} is not a positive number of images")
 
@@ -146,8 +152,14 @@ class Recipe:
                 "add a [train] table"
             )
         for index, step in enumerate(self.steps):
-            if index and isinstance(step, Train) and any(_is_folding(earlier) for earlier in self.steps[:index]):
-                raise RecipeError(f"steps[{index}]: trains after branches or batch norms were merged; train first")
+            if (
+                index
+                and isinstance(step, Train)
+                and any(_is_folding(earlier) for earlier in self.steps[:index])
+            ):
+                raise RecipeError(
+                    f"steps[{index}]: trains after branches or batch norms were merged; train first"
+                )
             if _is_folding(step) and step in self.steps[:index]:
                 raise RecipeError(f"steps[{index}]: {step.kind} is done twice; remove one")
 
@@ -155,9 +167,13 @@ class Recipe:
         if train.epochs == 0 and train.ema > 0:
             raise RecipeError("train.ema: averages no weights when train.epochs is 0; set ema to 0 or train")
         if train.epochs == 0 and self.model.weights is None and not self.model.pretrained:
-            raise RecipeError("train.epochs: is 0 and there are no model.weights; the weights would stay random")
+            raise RecipeError(
+                "train.epochs: is 0 and there are no model.weights; the weights would stay random"
+            )
         if train.keep == "last" and train.patience > 0:
-            raise RecipeError("train.patience: stops past the best weights, but train.keep is 'last'; use keep = 'best'")
+            raise RecipeError(
+                "train.patience: stops past the best weights, but train.keep is 'last'; use keep = 'best'"
+            )
 
     @property
     def phases(self) -> tuple[Step, ...]:
@@ -191,8 +207,10 @@ def read_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     """
     file = find_recipe(str(path))
     if file is None:
-        known = ", ".join(recipe_names())
-        raise RecipeError(f"no recipe {str(path)!r}; give a .toml file (`cveff recipe init` writes one) or one of {known}")
+        raise RecipeError(
+            f"no recipe {str(path)!r}; give a .toml file (`cveff recipe init` writes one), "
+            f"or one of {', '.join(recipe_names())}"
+        )
     try:
         values = tomllib.loads(file.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -200,6 +218,52 @@ def read_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     except OSError as error:
         raise RecipeError(f"{file}: cannot be read: {error.strerror}") from error
     return parse_recipe(with_overrides(values, overrides or {}), file.name)
+
+
+def recipe_for(subject: str, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """The recipe a user means: a file, a name in the zoo, or the defaults on a data set.
+
+    Raises:
+        RecipeError: as `read_recipe`.
+    """
+    if subject.endswith(".toml") or find_recipe(subject) is not None:
+        return read_recipe(subject, overrides)
+    values = Recipe(data=DataSettings(subject), train=default_training(subject)).to_json()
+    return parse_recipe(with_overrides(values, overrides or {}), "command line")
+
+
+def default_training(source: str, epochs: int | None = None, has_weights: bool = False) -> Train:
+    """How to train on a data set without a recipe: a fair start, not a tuned one.
+
+    Args:
+        source: the data set; those known by name are small images, which a resized crop would blur.
+        has_weights: the model starts from given weights, which a gentle rate keeps.
+    """
+    augmentation = Augmentation(flip="random", crop_padding=2)
+    if source not in NAMED:
+        augmentation = Augmentation(flip="random", min_scale=0.5)
+    if has_weights:
+        epochs = 10 if epochs is None else epochs
+        warmup = min(1.0, epochs / 5)
+        return Train(
+            epochs=epochs,
+            batch_size=64,
+            optimizer="adamw",
+            learning_rate=3e-4,
+            weight_decay=0.05,
+            warmup_epochs=warmup,
+            augmentation=augmentation,
+        )
+    epochs = 30 if epochs is None else epochs
+    warmup = min(2.0, epochs / 5)
+    return Train(
+        epochs=epochs,
+        batch_size=64,
+        learning_rate=0.05,
+        warmup_epochs=warmup,
+        ema=0.99,
+        augmentation=augmentation,
+    )
 
 
 def find_recipe(name: str) -> Path | None:

@@ -201,7 +201,12 @@ def _path(values: Any, detail: ErrorDetails) -> tuple[str | int, ...]:
     for part in detail["loc"]:
         if isinstance(here, Mapping) and part in here:
             here = here[typing.cast(str, part)]
-        elif isinstance(here, Sequence) and not isinstance(here, str) and isinstance(part, int) and part < len(here):
+        elif (
+            isinstance(here, Sequence)
+            and not isinstance(here, str)
+            and isinstance(part, int)
+            and part < len(here)
+        ):
             here = here[part]
         elif not (detail["type"] == "missing" and part == detail["loc"][-1]):
             continue

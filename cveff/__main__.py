@@ -1,0 +1,9 @@
+"""`python -m cveff` is the command `cveff`."""
+
+from __future__ import annotations
+
+import sys
+
+from cveff.cli import main
+
+sys.exit(main())

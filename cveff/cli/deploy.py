@@ -1,0 +1,188 @@
+"""`cveff deploy`, `cveff export`, `cveff run`: a model becomes a file, a bundle, an answer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cveff.cli import options
+from cveff.cli.options import examples, milliseconds, percent, print_json, print_table, size
+from cveff.console import working
+
+if TYPE_CHECKING:
+    from cveff.export.deploy import Deployment
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verbs."""
+    app.command(
+        epilog=examples(
+            "cveff deploy runs/digits --data digits --target edge-cpu --out digits.bundle",
+            "cveff deploy mobilenetv4_conv_small --weights FILE --calibration photos/ --max-accuracy-drop 1",
+            "cveff deploy mobilenetv4_conv_small --data photos/ --epochs 20 --out photos.bundle",
+        )
+    )(deploy)
+    app.command(epilog=examples("cveff export runs/digits --out digits.onnx"))(export)
+    app.command(
+        epilog=examples("cveff run digits.bundle photo.png folder/ --top-k 3"),
+        add_help_option=False,
+        context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+    )(run)
+
+
+def deploy(
+    model: Annotated[
+        str, typer.Argument(help="A saved model or run, a zoo card's name, or an architecture's name.")
+    ],
+    data: options.OptionalData = None,
+    calibration: Annotated[
+        Path | None, typer.Option("--calibration", help="Folder of unlabelled images for int8.")
+    ] = None,
+    target: Annotated[
+        str, typer.Option("--target", help="Device profile (`cveff targets`), or a .toml file.")
+    ] = "edge-cpu",
+    max_accuracy_drop: Annotated[
+        float,
+        typer.Option(
+            "--max-accuracy-drop", min=0, max=100, help="Points of accuracy the shipped file may lose."
+        ),
+    ] = 1.0,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="The bundle's folder; by default MODEL.bundle.")
+    ] = None,
+    num_calibration: Annotated[
+        int, typer.Option("--num-calibration", min=1, help="Images int8 is calibrated on.")
+    ] = 256,
+    weights: options.Weights = None,
+    labels: options.Labels = None,
+    image_size: options.ImageSize = None,
+    channels: options.ChannelsOption = None,
+    pretrained: Annotated[
+        bool, typer.Option("--pretrained", help="Start training from timm's weights (needs a network).")
+    ] = False,
+    epochs: Annotated[
+        int | None,
+        typer.Option("--epochs", min=0, help="Train this long first; by default only without weights."),
+    ] = None,
+    run_folder: Annotated[
+        Path | None, typer.Option("--run", help="Where training keeps its state; by default runs/MODEL.")
+    ] = None,
+    resume: options.Resume = False,
+    overwrite: options.Overwrite = False,
+    on_bad_image: options.OnBadImage = options.BadImage.error,
+    seed: options.Seed = 0,
+    quiet: options.Quiet = False,
+    as_json: options.Json = False,
+) -> None:
+    """Build every candidate of a target, measure them, and ship the fastest that keeps its accuracy.
+
+    An architecture without weights is trained on --data first.
+    """
+    with working(quiet) as progress:
+        from cveff.recipe import DataSettings, DeploySettings, ModelSettings
+        from cveff.shortcut import deploy_subject
+
+        deployment = deploy_subject(
+            model,
+            DeploySettings(target, max_accuracy_drop, calibration, num_calibration, out),
+            data=None if data is None else DataSettings(data, on_bad_image.value),
+            start=ModelSettings(
+                weights=weights,
+                image_size=image_size,
+                channels=options.number(channels),
+                pretrained=pretrained,
+            ),
+            labels=labels,
+            epochs=epochs,
+            run_folder=run_folder,
+            resume=resume,
+            overwrite=overwrite,
+            seed=seed,
+            progress=progress,
+        )
+    if as_json:
+        return print_json({"bundle": str(deployment.path), "manifest": deployment.manifest})
+    return show_deployment(deployment)
+
+
+def export(
+    model: Annotated[
+        str, typer.Argument(help="A saved model or run, a zoo card's name, or an architecture's name.")
+    ],
+    out: Annotated[Path | None, typer.Option("--out", help="The ONNX file; by default MODEL.onnx.")] = None,
+    opset: Annotated[int | None, typer.Option("--opset", min=18, help="ONNX operator set.")] = None,
+    check: Annotated[bool, typer.Option("--check/--no-check", help="Compare the file with PyTorch.")] = True,
+    weights: options.Weights = None,
+    labels: options.Labels = None,
+    image_size: options.ImageSize = None,
+    channels: options.ChannelsOption = None,
+    quiet: options.Quiet = False,
+    as_json: options.Json = False,
+) -> None:
+    """Export to a checked ONNX file that takes uint8 images; normalisation is inside."""
+    with working(quiet) as progress:
+        import cveff
+        from cveff.subject import open_model, read_labels
+
+        opened = open_model(
+            model,
+            weights=weights,
+            labels=None if labels is None else read_labels(labels),
+            image_size=image_size,
+            channels=options.number(channels),
+        )
+        progress.message(f"exporting {opened.spec.architecture}")
+        settings: dict[str, Any] = {} if opset is None else {"opset": opset}
+        path = cveff.export(opened, out or Path(f"{Path(model).name}.onnx"), check=check, **settings)
+    if as_json:
+        return print_json(
+            {"path": str(path), "bytes": path.stat().st_size, "input": opened.spec.input.to_json()}
+        )
+    return print_table("", ("file", "size"), [(path, size(path.stat().st_size))])
+
+
+def run(context: typer.Context) -> int:
+    """Classify images with a bundle. Imports no torch; the bundle's own run.py takes the same options."""
+    from cveff.runtime.run import main
+
+    return main(context.args)
+
+
+def show_deployment(deployment: Deployment) -> None:
+    """The candidates, the figures and where the report is, for people."""
+    manifest = deployment.manifest
+    batch = manifest["metrics"]["latency_ms"]["batch"]
+    print_table(
+        "candidates",
+        ("engine", "precision", "accuracy", "agreement", f"latency (batch {batch})", "size", "chosen", "why"),
+        [
+            (
+                entry["engine"],
+                entry["precision"],
+                percent(entry.get("accuracy")),
+                percent(entry.get("agreement")),
+                milliseconds(entry.get("latency_ms")),
+                size(entry.get("size_bytes")),
+                "yes" if entry["chosen"] else "",
+                entry["why"],
+            )
+            for entry in manifest["candidates"]
+        ],
+    )
+    metrics = manifest["metrics"]
+    print_table(
+        "",
+        ("figure", "PyTorch", "shipped"),
+        [
+            ("accuracy", percent(metrics["accuracy"]["reference"]), percent(metrics["accuracy"]["deployed"])),
+            (
+                f"latency (batch {batch})",
+                milliseconds(metrics["latency_ms"]["reference_median"]),
+                milliseconds(metrics["latency_ms"]["median"]),
+            ),
+            ("bundle", None, deployment.path),
+            ("report", None, deployment.path / "report.html"),
+        ],
+    )

@@ -1,0 +1,103 @@
+"""`cveff train`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cveff.cli import options
+from cveff.cli.options import examples, percent, print_json, print_table
+from cveff.console import working
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verb."""
+    app.command(
+        epilog=examples(
+            "cveff train digits",
+            "cveff train recipe.toml --set train.epochs=5 --out runs/short",
+            "cveff train photos/ --model mobilenetv4_conv_small --target edge-cpu --resume",
+        )
+    )(train)
+
+
+def train(
+    recipe_or_data: Annotated[
+        str,
+        typer.Argument(
+            help="A recipe (.toml file, or a name such as digits), or a data set to train on by defaults."
+        ),
+    ],
+    model: Annotated[
+        str | None, typer.Option("--model", help="Architecture, in place of the recipe's.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder of the run; by default runs/NAME.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change a key: --set train.epochs=5."),
+    ] = None,
+    epochs: Annotated[
+        int | None, typer.Option("--epochs", min=0, help="Same as --set train.epochs=….")
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option("--target", help="Deploy to this target (`cveff targets`).")
+    ] = None,
+    no_deploy: Annotated[bool, typer.Option("--no-deploy", help="Stop at the saved model.")] = False,
+    resume: options.Resume = False,
+    overwrite: options.Overwrite = False,
+    on_bad_image: Annotated[
+        options.BadImage | None, typer.Option("--on-bad-image", help="Same as --set data.on_bad_image=….")
+    ] = None,
+    seed: Annotated[int | None, typer.Option("--seed", min=0, help="Same as --set seed=….")] = None,
+    device: Annotated[
+        str | None, typer.Option("--device", help="cpu or cuda; by default a GPU if there is one.")
+    ] = None,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Also write TensorBoard events.")
+    ] = False,
+    quiet: options.Quiet = False,
+    as_json: options.Json = False,
+) -> None:
+    """Train a model by a recipe, do the recipe's steps, and deploy it if the recipe says so."""
+    with working(quiet) as progress:
+        from dataclasses import replace
+
+        from cveff.pipeline import run
+        from cveff.recipe import parse_assignment, recipe_for
+
+        overrides = {
+            "model.architecture": model,
+            "train.epochs": epochs,
+            "deploy.target": target,
+            "data.on_bad_image": on_bad_image and str(on_bad_image),
+            "seed": seed,
+        }
+        overrides = {key: value for key, value in overrides.items() if value is not None}
+        overrides |= dict(parse_assignment(text) for text in settings or ())
+        recipe = recipe_for(recipe_or_data, overrides)
+        result = run(
+            replace(recipe, deploy=None) if no_deploy else recipe,
+            out=out or Path("runs") / Path(recipe_or_data).stem,
+            resume=resume,
+            overwrite=overwrite,
+            device=device,
+            tensorboard=tensorboard,
+            progress=progress,
+        )
+    if as_json:
+        return print_json(result.to_json())
+    rows = [
+        ("accuracy", f"{percent(result.accuracy)} of {result.count} images ({result.split})"),
+        ("parameters", f"{result.num_parameters:,}"),
+        ("model", result.model),
+    ]
+    print_table("", ("figure", "value"), rows)
+    if result.deployment is not None:
+        from cveff.cli.deploy import show_deployment
+
+        show_deployment(result.deployment)
+    return None
