@@ -90,10 +90,10 @@ def apply(
         StepError: something is neither a step nor an edit, or a step lacks what it needs (said before any
             step starts).
     """
-    sequence = list(steps) if isinstance(steps, Sequence) else [steps]
+    sequence = list(steps) if isinstance(steps, (list, tuple)) else [steps]
     given = {"data": data, "target": target, "teacher": teacher, "folder": folder}
     for step in sequence:
-        if not isinstance(step, (Step, Edit)):
+        if isinstance(step, type) or not isinstance(step, (Step, Edit)):
             raise StepError(
                 f"{step!r} is neither a step nor an edit; give an instance such as Prune(ratio=0.5)"
             )
