@@ -134,7 +134,8 @@ class Engine:
 
 def softmax(logits: np.ndarray) -> np.ndarray:
     """Softmax over the last axis in float32, stable for logits of any size."""
-    exponentials = np.exp(logits - logits.max(axis=-1, keepdims=True), dtype=np.float32)
+    with np.errstate(over="ignore", under="ignore"):  # a difference of -inf is right: its exponential is 0
+        exponentials = np.exp(logits - logits.max(axis=-1, keepdims=True), dtype=np.float32)
     return exponentials / exponentials.sum(axis=-1, keepdims=True)
 
 

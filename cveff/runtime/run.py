@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
+import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -35,16 +37,21 @@ def main(argv: Sequence[str], bundle: str | Path | None = None) -> int:
     except SystemExit as stop:  # argparse has printed its help or its error
         return int(stop.code or 0)
     warnings.filterwarnings("ignore", module=r"PIL\.")  # what matters about an image is an error of ours
+    for stream in (sys.stdout, sys.stderr):  # names and labels in any alphabet, on any terminal
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
-        return _run(options, Path(bundle if bundle is not None else options.bundle))
+        code = _run(options, Path(bundle if bundle is not None else options.bundle))
+        sys.stdout.flush()
+        return code
     except CveffError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of our output went away, as `head` does
-        sys.stderr.close()
+    except BrokenPipeError:  # the reader of our output went away, as `head` does; nothing is left to flush
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
 
@@ -163,7 +170,10 @@ def _print_lines(results: Iterator[dict[str, Any]], paths: Sequence[Path]) -> in
             num_failed += 1
             print(f"error: {result['error']}", file=sys.stderr)
             continue
-        words = [f"{item['label']} {100 * item['probability']:.1f}%" for item in result["predictions"]]
+        words = [
+            f"{' '.join(item['label'].split())} {100 * item['probability']:.1f}%"
+            for item in result["predictions"]
+        ]
         print(f"{result['path']:<{width}}  {'   '.join(words)}")
     if num_failed:
         print(f"{num_failed} of {len(paths)} images could not be classified", file=sys.stderr)
@@ -181,7 +191,7 @@ def _print_json(engine: Engine, results: list[dict[str, Any]]) -> int:
         "images": [result for result in results if "error" not in result],
         "errors": failed,
     }
-    print(json.dumps(document, ensure_ascii=False, indent=2))
+    print(json.dumps(document, indent=2))
     for result in failed:
         print(f"error: {result['error']}", file=sys.stderr)
     return 2 if failed else 0
