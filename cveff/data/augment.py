@@ -133,8 +133,8 @@ def random_resized_crop(
     """
     left, top, wide, tall = _random_box(image.width, image.height, min_scale, random)
     height, width = spec.size
-    filter = Image.Resampling[spec.interpolation.upper()]
-    resized = image.resize((width, height), filter, box=(left, top, left + wide, top + tall))
+    part = image.crop((left, top, left + wide, top + tall))
+    resized = part.resize((width, height), Image.Resampling[spec.interpolation.upper()])
     return np.asarray(resized, dtype=np.uint8).reshape(height, width, spec.channels)
 
 

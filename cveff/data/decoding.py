@@ -66,17 +66,18 @@ def parallel_map(function: Callable[[int], T], indices: Iterable[int]) -> Iterat
     Results that wait to be taken are bounded, so a large split does not fill memory.
     """
     threads = usable_cores()
-    with ThreadPoolExecutor(threads) as pool:
-        waiting: deque[Future[T]] = deque()
-        try:
-            for index in indices:
-                waiting.append(pool.submit(function, index))
-                if len(waiting) >= 8 * threads:
-                    yield waiting.popleft().result()
-            while waiting:
+    pool = ThreadPoolExecutor(threads)
+    waiting: deque[Future[T]] = deque()
+    try:
+        for index in indices:
+            waiting.append(pool.submit(function, index))
+            if len(waiting) >= 8 * threads:
                 yield waiting.popleft().result()
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        # An abandoned generator may be collected by one of the pool's own threads, which cannot wait for itself.
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def read(split: Split, index: int, channels: int) -> Image.Image:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from cveff.data.augment import random_resized_crop
 from cveff.data.augmentation import Augmentation
 from cveff.data.dataset import Split
-from cveff.data.decoding import prepare, read
+from cveff.data.decoding import parallel_map, prepare, read
 from cveff.data.randomness import generator
 from cveff.errors import CveffError, DataError, InputSizeError
 from cveff.runtime.input_spec import InputSpec
@@ -34,8 +34,8 @@ def decoded_batches(
 
     Args:
         batches: the indices of each batch.
-        num_workers: processes; 0 decodes in this one. Without effect on the images: each one's crop
-            depends on (seed, epoch, index).
+        num_workers: processes; 0 decodes in threads of this one. Without effect on the images: each one's
+            crop depends on (seed, epoch, index).
 
     Yields:
         (B, H, W, C) uint8 at `spec.size`.
@@ -45,15 +45,20 @@ def decoded_batches(
     """
     if num_workers < 0:
         raise DataError(f"num_workers is {num_workers}; give 0 or more")
-    loader = DataLoader(
-        _Decoder(split, spec, augmentation.min_scale, seed, epoch),
-        batch_sampler=[batch.tolist() for batch in batches],
-        num_workers=num_workers,
-        collate_fn=_as_they_are,
-        # Its own generator: the loader would otherwise draw from torch's global one, whose state a
-        # resumed run has to find unchanged.
-        generator=torch.Generator().manual_seed(0),
-    )
+    decoder = _Decoder(split, spec, augmentation.min_scale, seed, epoch)
+    if num_workers == 0:
+        results = parallel_map(decoder.__getitem__, (int(index) for batch in batches for index in batch))
+        loader: Iterable[list[Any]] = ([next(results) for _ in batch] for batch in batches)
+    else:
+        loader = DataLoader(
+            decoder,
+            batch_sampler=[batch.tolist() for batch in batches],
+            num_workers=num_workers,
+            collate_fn=_as_they_are,
+            # Its own generator: the loader would otherwise draw from torch's global one, whose state a
+            # resumed run has to find unchanged.
+            generator=torch.Generator().manual_seed(0),
+        )
     for images in loader:
         for image in images:
             if isinstance(image, CveffError):
