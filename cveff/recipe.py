@@ -220,16 +220,28 @@ def read_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     return parse_recipe(with_overrides(values, overrides or {}), file.name)
 
 
-def recipe_for(subject: str, overrides: Mapping[str, Any] | None = None) -> Recipe:
+def recipe_for(
+    subject: str, overrides: Mapping[str, Any] | None = None, *, epochs: int | None = None
+) -> Recipe:
     """The recipe a user means: a file, a name in the zoo, or the defaults on a data set.
 
+    Args:
+        overrides: as for `read_recipe`.
+        epochs: as `with_epochs`.
+
     Raises:
-        RecipeError: as `read_recipe`.
+        RecipeError: as `read_recipe`, or `epochs` for a recipe that does not train.
     """
     if subject.endswith(".toml") or find_recipe(subject) is not None:
-        return read_recipe(subject, overrides)
-    values = Recipe(data=DataSettings(subject), train=default_training(subject)).to_json()
-    return parse_recipe(with_overrides(values, overrides or {}), "command line")
+        recipe = read_recipe(subject, overrides)
+    else:
+        values = Recipe(data=DataSettings(subject), train=default_training(subject)).to_json()
+        recipe = parse_recipe(with_overrides(values, overrides or {}), "command line")
+    if epochs is None:
+        return recipe
+    if recipe.train is None:
+        raise RecipeError(f"{subject}: train: is missing, so --epochs has nothing to change; add a [train] table")
+    return dataclasses.replace(recipe, train=with_epochs(recipe.train, epochs))
 
 
 def default_training(source: str, epochs: int | None = None, has_weights: bool = False) -> Train:
@@ -243,27 +255,29 @@ def default_training(source: str, epochs: int | None = None, has_weights: bool =
     if source not in NAMED:
         augmentation = Augmentation(flip="random", min_scale=0.5)
     if has_weights:
-        epochs = 10 if epochs is None else epochs
-        warmup = min(1.0, epochs / 5)
-        return Train(
-            epochs=epochs,
+        tuning = Train(
+            epochs=10,
             batch_size=64,
             optimizer="adamw",
             learning_rate=3e-4,
             weight_decay=0.05,
-            warmup_epochs=warmup,
             augmentation=augmentation,
         )
-    epochs = 30 if epochs is None else epochs
-    warmup = min(2.0, epochs / 5)
-    return Train(
-        epochs=epochs,
-        batch_size=64,
-        learning_rate=0.05,
-        warmup_epochs=warmup,
-        ema=0.99,
-        augmentation=augmentation,
+        return tuning if epochs is None else with_epochs(tuning, epochs)
+    training = Train(
+        epochs=30, batch_size=64, learning_rate=0.05, warmup_epochs=2.0, ema=0.99, augmentation=augmentation
     )
+    return training if epochs is None else with_epochs(training, epochs)
+
+
+def with_epochs(train: Train, epochs: int) -> Train:
+    """`train` made longer or shorter, with the warm-up in proportion.
+
+    Raises:
+        TrainingError: `epochs` is negative.
+    """
+    warmup = train.warmup_epochs * epochs / train.epochs if train.epochs else 0.0
+    return dataclasses.replace(train, epochs=epochs, warmup_epochs=max(warmup, 0.0))
 
 
 def find_recipe(name: str) -> Path | None:

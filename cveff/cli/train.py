@@ -41,7 +41,7 @@ def train(
         typer.Option("--set", metavar="KEY=VALUE", help="Change a key: --set train.epochs=5."),
     ] = None,
     epochs: Annotated[
-        int | None, typer.Option("--epochs", min=0, help="Same as --set train.epochs=….")
+        int | None, typer.Option("--epochs", min=0, help="Train this long, with the warm-up in proportion.")
     ] = None,
     target: Annotated[
         str | None, typer.Option("--target", help="Deploy to this target (`cveff targets`).")
@@ -71,14 +71,13 @@ def train(
 
         overrides = {
             "model.architecture": model,
-            "train.epochs": epochs,
             "deploy.target": target,
             "data.on_bad_image": on_bad_image and str(on_bad_image),
             "seed": seed,
         }
         overrides = {key: value for key, value in overrides.items() if value is not None}
         overrides |= dict(parse_assignment(text) for text in settings or ())
-        recipe = recipe_for(recipe_or_data, overrides)
+        recipe = recipe_for(recipe_or_data, overrides, epochs=epochs)
         result = run(
             replace(recipe, deploy=None) if no_deploy else recipe,
             out=out or Path("runs") / Path(recipe_or_data).stem,
