@@ -13,10 +13,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from cveff.errors import TargetError
+from cveff.measure.latency import Latency, Ratio, paired_ratio
 
 SAME_RATIO = 1.01
 """Up to this median ratio to the fastest nobody notices the difference, even where it can be measured."""
@@ -24,42 +24,6 @@ TIE_RATIO = 1.03
 """Past this median ratio to the fastest a candidate is slower, however wide the confidence interval is."""
 
 _ROUNDING = 1e-9
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Times of one candidate at one batch size, in milliseconds a call.
-
-    Attributes:
-        rounds_ms: one time a round; round i of every candidate ran within the same moments (interleaved), so
-            ratios are taken round by round.
-    """
-
-    batch: int
-    threads: int
-    rounds_ms: tuple[float, ...]
-
-    @property
-    def median_ms(self) -> float:
-        """Median over the rounds."""
-        return median(self.rounds_ms)
-
-    def percentile(self, share: float) -> float:
-        """The time below which `share` (0..1) of the rounds lie, by the nearest-rank rule."""
-        ordered = sorted(self.rounds_ms)
-        return ordered[min(len(ordered) - 1, max(0, math.ceil(share * len(ordered)) - 1))]
-
-    def to_json(self) -> dict[str, Any]:
-        """`{batch, threads, median, p10, p90, images_per_second, rounds}`, times in milliseconds."""
-        return {
-            "batch": self.batch,
-            "threads": self.threads,
-            "median": self.median_ms,
-            "p10": self.percentile(0.1),
-            "p90": self.percentile(0.9),
-            "images_per_second": 1000 * self.batch / self.median_ms,
-            "rounds": len(self.rounds_ms),
-        }
 
 
 @dataclass(frozen=True)
@@ -89,7 +53,7 @@ class Candidate:
     accuracy: float | None = None
     agreement: float | None = None
     relative_difference: float | None = None
-    timings: Mapping[int, Timing] = field(default_factory=dict)
+    timings: Mapping[int, Latency] = field(default_factory=dict)
     size_bytes: int = 0
     peak_rss_bytes: int | None = None
     meaning_gap: Mapping[str, Any] | None = None
@@ -110,9 +74,9 @@ class Candidate:
             "precision": self.precision,
             "accuracy": self.accuracy,
             "agreement": self.agreement,
-            "relative_difference": self.relative_difference,
+            "relative_difference": _finite(self.relative_difference),
             "latency_ms": self.timings[batch].median_ms if batch in self.timings else None,
-            "latencies": [timing.to_json() for timing in self.timings.values()],
+            "latencies": [latency_json(timing) for timing in self.timings.values()],
             "size_bytes": self.size_bytes,
             "peak_rss_bytes": self.peak_rss_bytes,
             "meaning_gap": dict(self.meaning_gap) if self.meaning_gap is not None else None,
@@ -204,20 +168,32 @@ def rejection(candidate: Candidate, limits: Limits) -> str:
     return ""
 
 
-def ratio_interval(timing: Timing, against: Timing) -> tuple[float, float, float]:
-    """Median of the round-by-round ratios `timing / against`, and its 95% interval (low, median, high).
-
-    The interval is that of the order statistics (binomial, normal approximation): no distribution is assumed.
-    """
-    ratios = sorted(a / b for a, b in zip(timing.rounds_ms, against.rounds_ms, strict=True))
-    rank = max(0, math.floor((len(ratios) - 1.96 * math.sqrt(len(ratios))) / 2))
-    return ratios[rank], median(ratios), ratios[len(ratios) - 1 - rank]
-
-
 def is_tied(candidate: Candidate, fastest: Candidate, batch: int) -> bool:
     """Whether the candidate's time cannot be told from the fastest's."""
-    low, middle, _ = ratio_interval(candidate.timings[batch], fastest.timings[batch])
-    return middle <= SAME_RATIO or (low <= 1 and middle <= TIE_RATIO)
+    ratio = _ratio(candidate, fastest, batch)
+    return ratio.median <= SAME_RATIO or (ratio.low <= 1 and ratio.median <= TIE_RATIO)
+
+
+def latency_json(timing: Latency) -> dict[str, Any]:
+    """`{batch, threads, median, p10, p90, images_per_second, rounds}`, times in milliseconds a call."""
+    return {
+        "batch": timing.batch,
+        "threads": timing.threads,
+        "median": timing.median_ms,
+        "p10": timing.p10,
+        "p90": timing.p90,
+        "images_per_second": timing.throughput,
+        "rounds": len(timing.rounds_ms),
+    }
+
+
+def _finite(value: float | None) -> float | None:
+    """JSON has no infinity."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _ratio(candidate: Candidate, other: Candidate, batch: int) -> Ratio:
+    return paired_ratio(candidate.timings[batch].rounds_ms, other.timings[batch].rounds_ms)
 
 
 def _winner(kept: Sequence[Candidate], batch: int) -> Candidate:
@@ -249,8 +225,8 @@ def _why_chosen(winner: Candidate, kept: Sequence[Candidate], limits: Limits, ba
 
 
 def _why_lost(candidate: Candidate, winner: Candidate, batch: int) -> str:
-    low, middle, high = ratio_interval(candidate.timings[batch], winner.timings[batch])
-    if is_tied(candidate, winner, batch) or middle < 1:
+    ratio = _ratio(candidate, winner, batch)
+    if is_tied(candidate, winner, batch) or ratio.median < 1:
         worse = (
             "less accurate"
             if _quality(candidate) < _quality(winner)
@@ -258,10 +234,8 @@ def _why_lost(candidate: Candidate, winner: Candidate, batch: int) -> str:
             if candidate.size_bytes > winner.size_bytes
             else "not better in anything"
         )
-        return (
-            f"as fast as the chosen within noise (ratio {middle:.2f}, 95% {low:.2f}–{high:.2f}), but {worse}"
-        )
-    return f"{middle:.2f}× the chosen's time (95% {low:.2f}–{high:.2f})"
+        return f"as fast as the chosen within noise (ratio {ratio.median:.2f}), but {worse}"
+    return f"{ratio.median:.2f}× the chosen's time (95% {ratio.low:.2f}–{ratio.high:.2f})"
 
 
 def _gap(candidate: Candidate) -> str:

@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
 
 from cveff.errors import TargetError
-from cveff.export.candidates import Candidate, Limits, Timing, choose, is_tied, ratio_interval, rejection
+from cveff.export.candidates import Candidate, Limits, choose, is_tied, latency_json, rejection
+from cveff.measure.latency import Latency, paired_ratio
 
 LIMITS = Limits(max_accuracy_drop=1.0, reference_accuracy=0.95)
 
 
-def timing(middle: float, spread: float = 0.01, rounds: int = 30) -> Timing:
-    return Timing(
-        1, 2, tuple(middle * (1 + spread * ((7 * i) % rounds / rounds - 0.5)) for i in range(rounds))
+def timing(middle: float, spread: float = 0.01, rounds: int = 30) -> Latency:
+    times = tuple(middle * (1 + spread * ((7 * i) % rounds / rounds - 0.5)) for i in range(rounds))
+    return Latency(
+        median_ms=middle,
+        p10=min(times),
+        p90=max(times),
+        min_ms=min(times),
+        spread=spread,
+        throughput=1000 / middle,
+        runs=len(times),
+        threads=2,
+        batch=1,
+        rounds_ms=times,
+        speedup=paired_ratio(times, times),
     )
 
 
@@ -153,15 +166,7 @@ def test_a_saturating_kernel_is_called_that() -> None:
     )
 
 
-def test_ratio_interval_holds_the_median_and_is_exact_for_equal_times() -> None:
-    assert ratio_interval(timing(3.0), timing(3.0)) == (1.0, 1.0, 1.0)
-    low, middle, high = ratio_interval(timing(2.0, 0.3), timing(1.0))
-    assert low <= middle <= high and 1.8 < middle < 2.2
-    single = Timing(1, 1, (2.0,))
-    assert ratio_interval(single, Timing(1, 1, (1.0,))) == (2.0, 2.0, 2.0)
-
-
-def test_percentiles_are_observed_times() -> None:
-    values = Timing(4, 2, tuple(float(i) for i in range(1, 11)))
-    assert (values.percentile(0.1), values.percentile(0.9), values.median_ms) == (1.0, 9.0, 5.5)
-    assert values.to_json()["images_per_second"] == pytest.approx(4 * 1000 / 5.5)
+def test_latencies_in_the_manifest_are_plain_json() -> None:
+    values = latency_json(timing(2.0))
+    assert json.loads(json.dumps(values)) == values
+    assert values["images_per_second"] == 500 and values["rounds"] == 30
