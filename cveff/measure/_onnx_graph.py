@@ -167,6 +167,8 @@ class Exposed:
             EngineError: ONNX Runtime failed while running.
         """
         names = list(self.available if tensors is None else tensors)
+        if not names:
+            return {}  # ONNX Runtime would take no names to mean all of them
         try:
             values = self._session.run(names, {self._input: images})
         except Exception as error:

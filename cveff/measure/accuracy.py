@@ -121,7 +121,8 @@ def wilson_interval(share: float, count: int, confidence: float = 0.95) -> tuple
     z = NormalDist().inv_cdf(0.5 + confidence / 2)
     centre = (share + z**2 / (2 * count)) / (1 + z**2 / count)
     half = z / (1 + z**2 / count) * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # The interval holds the share; rounding must not push it out at 0 and 1.
+    return max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))
 
 
 @dataclass(frozen=True)

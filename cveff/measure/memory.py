@@ -18,6 +18,8 @@ import numpy as np
 import cveff
 from cveff.errors import EngineError
 
+CHILD = "cveff.measure._memory_child"
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -87,7 +89,7 @@ def _run_child(request: str, timeout_seconds: float, what: str) -> dict[str, Any
     path = os.pathsep.join(part for part in (root, os.environ.get("PYTHONPATH", "")) if part)
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "cveff.measure._memory_child"],
+            [sys.executable, "-m", CHILD],
             input=request,
             capture_output=True,
             text=True,
@@ -108,5 +110,8 @@ def _run_child(request: str, timeout_seconds: float, what: str) -> dict[str, Any
             reason = f"killed by signal {-done.returncode} (9: the system ran out of memory); {reason}"
         raise EngineError(f"{what}: a fresh process could not open the file and predict: {reason}")
     # Engines may chat on stdout; the answer is the last line.
-    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    try:
+        answer: dict[str, Any] = json.loads((done.stdout.splitlines() or [""])[-1])
+    except json.JSONDecodeError:
+        raise EngineError(f"{what}: a fresh process ended well but gave no answer") from None
     return answer

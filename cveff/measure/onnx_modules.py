@@ -12,7 +12,7 @@ SCOPES = "pkg.torch.onnx.name_scopes"
 
 
 def read_modules(proto: Any) -> dict[str, str]:
-    """Tensor -> path of the innermost module that computed it, for every node of an `onnx.ModelProto` that says.
+    """Tensor -> path of the innermost module that computed it, for every node of a `ModelProto` that says.
 
     Simplifiers and quantizers drop node metadata but keep the names of tensors, so read before and write
     after:
@@ -31,7 +31,7 @@ def read_modules(proto: Any) -> dict[str, str]:
 
 
 def write_modules(proto: Any, modules: Mapping[str, str]) -> None:
-    """Note the module of every node whose first output is a key of `modules`, in place, replacing older notes."""
+    """Note the module of every node whose first output is a key of `modules`, in place of any older note."""
     for node in proto.graph.node:
         module = modules.get(node.output[0]) if node.output else None
         if module:
