@@ -180,9 +180,18 @@ def _index(path: Path, number: int, samples: _Samples) -> None:
                 if extension.lower() in group:
                     raise DataError(f"{path} has {member.name} twice")
                 group[extension.lower()] = member
+            _require_end(path, archive.offset)
             _finish(path, number, archive, group, samples)
     except (tarfile.TarError, OSError) as error:
         raise DataError(f"the shard {path} is damaged or no tar file ({error}); write it again") from error
+
+
+def _require_end(path: Path, offset: int) -> None:
+    """tarfile takes a file cut between or inside headers for a shorter archive; a whole one ends in zeros."""
+    with path.open("rb") as handle:
+        handle.seek(offset)
+        if handle.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise tarfile.ReadError(f"no end-of-archive mark at byte {offset}")
 
 
 def _finish(
