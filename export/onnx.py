@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import warnings
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from torch import nn
 
 from cveff.errors import ExportError
 from cveff.export.metadata import write_metadata
-from cveff.export.normalize import NormalizedModel
+from cveff.export.normalize import deployable
 from cveff.export.simplify import simplify
 from cveff.files import atomic_path
 from cveff.model import Model
@@ -48,7 +47,7 @@ def export(model: Model, path: str | Path, *, opset: int = OPSET, check: bool = 
     """
     path = Path(path)
     _refuse_too_large(model)
-    network = NormalizedModel(copy.deepcopy(model.module).cpu().float(), model.spec.input).eval()
+    network = deployable(model.module, model.spec.input)
     proto = _trace(network, model, opset)
     proto = simplify(proto)
     write_metadata(proto, model.spec)
@@ -112,15 +111,18 @@ def example_images(count: int, model: Model, seed: int = 0) -> np.ndarray:
 
 def _trace(network: nn.Module, model: Model, opset: int) -> onnx.ModelProto:
     example = torch.from_numpy(example_images(2, model))
+    dynamic = ({0: torch.export.Dim("batch", min=1)},)
     try:
         with quiet_exporter(), torch.inference_mode(False), torch.no_grad():
+            traced = torch.export.export(network, (example,), dynamic_shapes=dynamic, strict=False)
+            _pool_by_mean(traced)
             program = torch.onnx.export(
-                network,
-                (example,),
+                traced,
+                (),
                 dynamo=True,
                 input_names=["images"],
                 output_names=["logits"],
-                dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
+                dynamic_shapes=dynamic,
                 opset_version=opset,
                 verbose=False,
             )
@@ -129,6 +131,15 @@ def _trace(network: nn.Module, model: Model, opset: int) -> onnx.ModelProto:
     if program is None:
         raise ExportError(f"{model.spec.architecture} cannot be exported to ONNX: the exporter returned nothing")
     return program.model_proto
+
+
+def _pool_by_mean(traced: torch.export.ExportedProgram) -> None:
+    """Global average pooling as a mean, in place: on channels-last strides PyTorch decomposes it to a strided
+    view, which becomes a gather by computed index in ONNX."""
+    for node in traced.graph.nodes:
+        if node.target is torch.ops.aten.adaptive_avg_pool2d.default and all(side == 1 for side in node.args[1]):
+            node.target, node.args = torch.ops.aten.mean.dim, (node.args[0], [-2, -1], True)
+    traced.graph_module.recompile()
 
 
 def _check_onnx(proto: onnx.ModelProto, model: Model) -> None:
