@@ -37,6 +37,10 @@ LONG_CALL_MS = 250.0
 SETTLE_MS = 10.0
 """A block opens with at least this much time of discarded calls: other engines' threads sleep by then."""
 
+FEWEST_ROUNDS = 3
+OVERRUN = 3
+"""`min_rounds` may take this many times the budget; past it, `FEWEST_ROUNDS` are enough."""
+
 
 @dataclass(frozen=True)
 class Ratio:
@@ -155,8 +159,9 @@ def compare(
         predictors: name -> callable on `images`; its attribute `threads` is reported.
         images: uint8 (N, H, W, C).
         reference: the name that speedups are relative to; by default the first.
-        budget_seconds: time for rounds; `min_rounds` are run however long they take.
-        min_rounds, max_rounds: bounds on the number of rounds.
+        budget_seconds: time for rounds past `min_rounds`.
+        min_rounds, max_rounds: bounds on the number of rounds. Where `min_rounds` would take more than three
+            times the budget, as few as three are run; each `Ratio.confidence` then says what that is worth.
         precision: half width of the interval that is narrow enough, relative to the median.
         seed: of the order within rounds.
         clock: seconds; tests inject their own.
@@ -190,7 +195,10 @@ def compare(
                 calls[name].extend(times)
                 rounds[name].append(float(np.median(times)))
             num_rounds += 1
-            if num_rounds >= min_rounds and (_narrow(rounds, precision) or clock() - start >= budget_seconds):
+            seconds = clock() - start
+            if num_rounds >= min_rounds and (_narrow(rounds, precision) or seconds >= budget_seconds):
+                break
+            if num_rounds >= FEWEST_ROUNDS and seconds >= OVERRUN * budget_seconds:
                 break
     return LatencyResult(
         candidates={
@@ -248,9 +256,8 @@ def median_interval(values: np.ndarray, confidence: float = 0.95) -> tuple[float
 def _block_length(predictor: Predictor, images: np.ndarray, clock: Clock) -> int:
     """Timed calls in a block; also warms the predictor up (first calls allocate and choose kernels)."""
     predictor(images)
-    predictor(images)
     times: list[float] = []
-    while len(times) < MIN_CALLS and sum(times) < LONG_CALL_MS:
+    while len(times) <= MIN_CALLS and sum(times) < LONG_CALL_MS:
         times.append(_call_ms(predictor, images, clock))
     usual = min(times)
     if usual > LONG_CALL_MS:

@@ -88,7 +88,7 @@ def test_every_round_times_every_candidate_once_in_changing_order() -> None:
     result = compare({name: clock.worker(name, 12) for name in names}, IMAGES, clock=clock, min_rounds=12)
     assert result.rounds == 12
     assert all(len(result[name].rounds_ms) == 12 for name in names)
-    blocks = clock.log[3 * 5 :]  # after two warm-up calls and three to choose the length of a block
+    blocks = clock.log[3 * 5 :]  # after the calls that warm up and choose the length of a block
     # two discarded and four timed calls a block, three blocks a round
     rounds = [blocks[start : start + 18] for start in range(0, len(blocks), 18)]
     assert all(sorted(set(block)) == list(names) for block in rounds)
@@ -135,7 +135,7 @@ def test_very_long_calls_are_timed_singly() -> None:
     clock = Clock()
     result = compare({"a": clock.worker("a", 2000)}, IMAGES, clock=clock, min_rounds=2, max_rounds=2)
     assert result["a"].runs == 2
-    assert len(clock.log) == 2 + 1 + 2 * 2
+    assert len(clock.log) == 1 + 1 + 2 * 2
 
 
 def test_steady_candidates_stop_at_the_minimum_and_noisy_ones_go_on() -> None:
@@ -153,8 +153,16 @@ def test_the_budget_ends_it_but_not_before_the_minimum() -> None:
     clock = Clock()
     noise = [float(value) for value in np.random.default_rng(0).uniform(50, 150, 1009)]
     workers = {"a": clock.worker("a", *noise), "b": clock.worker("b", 100)}
-    result = compare(workers, IMAGES, clock=clock, budget_seconds=0.0, min_rounds=4)
+    result = compare(workers, IMAGES, clock=clock, budget_seconds=3.0, min_rounds=4)
     assert result.rounds == 4
+
+
+def test_a_candidate_too_slow_for_the_budget_cuts_the_minimum_and_says_so() -> None:
+    clock = Clock()
+    workers = {"a": clock.worker("a", 5000), "b": clock.worker("b", 100)}
+    result = compare(workers, IMAGES, clock=clock, budget_seconds=1.0)
+    assert result.rounds == 3
+    assert result["b"].speedup.confidence == 0.75
 
 
 def test_result_is_json() -> None:
