@@ -95,7 +95,7 @@ def measure(
         chosen = next(candidate for candidate in decided if candidate.chosen)
         evaluation = selection
         if images.evaluation is not images.selection:
-            pair = {REFERENCE: reference, chosen.name: built.sessions[chosen.name]}
+            pair: dict[str, Predictor] = {REFERENCE: reference, chosen.name: built.sessions[chosen.name]}
             evaluation = score(
                 pair, images.evaluation, spec, progress, f"measuring on {images.evaluation.name}"
             )

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from torch import nn
@@ -66,8 +66,8 @@ class Subject:
         """
         if self.spec is None:
             raise CveffError(
-                f"{self.name} does not say which images it takes (no cveff metadata), so data cannot be prepared "
-                "for it; measure a file written by cveff.export, or a bundle"
+                f"{self.name} does not say which images it takes (no cveff metadata), so data cannot be "
+                "prepared for it; measure a file written by cveff.export, or a bundle"
             )
         return self.spec
 
@@ -83,7 +83,7 @@ class Subject:
             else (getattr(self.predictor, "size", None), getattr(self.predictor, "channels", None))
         )
         if size is None or channels is None:
-            raise InputSizeError(f"{self.name} leaves its image size open; measure a file with a fixed image size")
+            raise InputSizeError(f"{self.name} leaves its image size open; give a file with a fixed one")
         return np.random.default_rng(seed).integers(0, 256, (batch, *size, channels), dtype=np.uint8)
 
     def close(self) -> None:
@@ -97,8 +97,8 @@ def open_subject(source: Source, *, threads: int | None = None, name: str | None
     """Open `source` for measuring.
 
     Args:
-        source: a `Model`; (module, its `InputSpec`); a folder written by `cveff.save`; a `.onnx` or `.xml` file;
-            a bundle. "openvino:FILE" and "onnxruntime:FILE" choose the engine of a file or a bundle.
+        source: a `Model`; (module, its `InputSpec`); a folder written by `cveff.save`; a `.onnx` or `.xml`
+            file; a bundle. "openvino:FILE" and "onnxruntime:FILE" choose the engine of a file or a bundle.
         threads: of the engine; by default every core this process may use.
         name: what to call it.
 
@@ -121,7 +121,9 @@ def open_subject(source: Source, *, threads: int | None = None, name: str | None
         return _bundle(path, engine, threads, name)
     if (path / "model.json").is_file():
         if engine:
-            raise CveffError(f"{path} is a saved PyTorch model; {engine} opens exported files, export it first")
+            raise CveffError(
+                f"{path} is a saved PyTorch model; {engine} opens exported files, export it first"
+            )
         model = load(path)
         return _module(model.module, model.spec.input, threads, name, model)
     if path.suffix in (".onnx", ".xml") and path.is_file():
@@ -200,11 +202,11 @@ def _metadata(path: Path) -> dict[str, Any]:
         from cveff.export.metadata import read_metadata
 
         return read_metadata(onnx.load(path, load_external_data=False))
-    import xml.etree.ElementTree as ElementTree
+    from xml.etree import ElementTree
 
-    root = ElementTree.parse(path).getroot()
-    found = {item.tag: item.get("value") for item in root.iter() if item.tag in ("input", "labels")}
-    return {key: json.loads(cast(str, value)) for key, value in found.items() if value}
+    values = ElementTree.parse(path).getroot().find("rt_info/framework")
+    found = {} if values is None else {item.tag: item.get("value", "") for item in values}
+    return {key: json.loads(found[key]) for key in ("input", "labels") if key in found}
 
 
 def _engine_and_path(source: str | Path) -> tuple[str, Path]:
