@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from cveff.data.dataset import Data, OnBadImage, Split
-from cveff.data.decoding import digest, inspect, raise_or_keep
+from cveff.data.inspection import digest, inspect, raise_or_keep
 from cveff.data.memory import MemorySplit
 from cveff.data.report import BadImage, DataReport
 from cveff.errors import DataError

@@ -71,6 +71,14 @@ class Split(ABC):
         """What to call an image in a message or a report."""
         return f"{self.name}[{index}]"
 
+    def place(self) -> str | None:
+        """Where the images lie, as a key; None for images that are not on disk."""
+        return None
+
+    def stamp(self, index: int) -> str | None:
+        """A text that changes when the image on disk does, cheap to make; None for images that are not."""
+        return None
+
     def image(self, index: int) -> Image.Image:
         """The picture, upright, in its natural number of channels.
 

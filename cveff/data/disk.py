@@ -66,6 +66,16 @@ class FileSplit(Split):
         """The file's path relative to the data set's folder."""
         return printable(self.names[index])
 
+    def place(self) -> str | None:
+        """The folder."""
+        return repr(os.fsencode(self.root.absolute()))
+
+    def stamp(self, index: int) -> str | None:
+        """Path, size and time of the last change."""
+        path = self.root / self.names[index]
+        found = path.stat()
+        return f"{os.fsencode(path.absolute())!r} {found.st_size} {found.st_mtime_ns}"
+
     def subset(self, indices: Sequence[int] | np.ndarray, name: str | None = None) -> FileSplit:
         """The images at `indices`, in that order, as a split of their own."""
         chosen = np.asarray(indices, dtype=np.int64)
@@ -119,6 +129,17 @@ class ShardSplit(Split):
     def image_name(self, index: int) -> str:
         """The shard's name and the image's name inside it."""
         return printable(f"{self.shards[int(self.places[index, 0])].name}/{self.names[index]}")
+
+    def place(self) -> str | None:
+        """The first shard."""
+        return repr(os.fsencode(self.shards[0].absolute()))
+
+    def stamp(self, index: int) -> str | None:
+        """The image's place, and its shard's size and time of the last change."""
+        shard, offset, size = (int(value) for value in self.places[index])
+        path = self.shards[shard]
+        found = path.stat()
+        return f"{os.fsencode(path.absolute())!r} {found.st_size} {found.st_mtime_ns} {offset} {size}"
 
     def subset(self, indices: Sequence[int] | np.ndarray, name: str | None = None) -> ShardSplit:
         """The images at `indices`, in that order, as a split of their own."""

@@ -9,9 +9,10 @@ import numpy as np
 
 from cveff.data.checks import check, check_classes, check_labels, keep_readable
 from cveff.data.dataset import Data, OnBadImage, Split
-from cveff.data.decoding import printable, raise_or_keep
+from cveff.data.decoding import printable
 from cveff.data.disk import FileSplit
 from cveff.data.imagenet import class_names, flat_targets
+from cveff.data.inspection import raise_or_keep
 from cveff.data.report import BadImage
 from cveff.data.sampling import stratified_split
 from cveff.data.walk import files_in, find_images, is_image_name, subfolders

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -248,3 +250,8 @@ def test_imagenet_nowhere(offline: None, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.delenv("CVEFF_DATA")
     with pytest.raises(DataError, match="not set"):
         load("imagenet")
+
+
+def test_loading_needs_no_torch() -> None:
+    code = "import sys, cveff.data as d; d.load('digits'); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
