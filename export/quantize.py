@@ -155,6 +155,7 @@ def _quantize(
         ranges, [], list(exclude), list(op_types), {"ActivationSymmetric": signed, "WeightSymmetric": True},
     )  # fmt: skip
     quantizer.quantize_model()
+    quantizer.model.topological_sort()  # ONNX asks for it; the quantizer appends its nodes at the end
     return quantizer.model.model
 
 
