@@ -169,7 +169,7 @@ def test_openvino_is_told_every_setting(tiny_xml: Path, monkeypatch: pytest.Monk
     for precision, name in (("f32", "f32"), ("bf16", "bf16")):
         options = {} if precision == "f32" else {"inference_precision": precision}
         session = openvino_session.OpenVinoSession(tiny_xml, 1, options)
-        compiled = session._request.get_compiled_model()
+        compiled = session._request(1).get_compiled_model()
         assert compiled.get_property("INFERENCE_NUM_THREADS") == 1
         assert compiled.get_property("NUM_STREAMS") == 1
         assert str(compiled.get_property("PERFORMANCE_HINT")).endswith("LATENCY")
@@ -177,6 +177,27 @@ def test_openvino_is_told_every_setting(tiny_xml: Path, monkeypatch: pytest.Monk
             assert name in str(compiled.get_property("INFERENCE_PRECISION_HINT")).replace(
                 "float32", "f32"
             ).replace("bfloat16", "bf16")
+
+
+def test_openvino_compiles_for_the_first_batch_sizes_and_answers_the_same_for_any(tiny_xml: Path) -> None:
+    sizes = [4, 1, 3, 2, 4, 5, 1]
+    with openvino_session.OpenVinoSession(tiny_xml, 1) as session:
+        for size in sizes:
+            with openvino_session.OpenVinoSession(tiny_xml, 1) as fresh:
+                np.testing.assert_array_equal(session(IMAGES[:size]), fresh(IMAGES[:size]))
+        assert list(session._requests) == [4, 1, None]
+
+
+def test_openvino_weights_cut_short(tmp_path: Path, tiny_xml: Path) -> None:
+    (tmp_path / "m.xml").write_bytes(tiny_xml.read_bytes())
+    weights = tiny_xml.with_suffix(".bin").read_bytes()
+    for content in (weights[:100], b""):
+        (tmp_path / "m.bin").write_bytes(content)
+        with pytest.raises(EngineError, match=r"m\.xml"):
+            open_file("openvino", tmp_path / "m.xml", threads=1)
+    (tmp_path / "m.bin").unlink()
+    with pytest.raises(EngineError, match=r"m\.xml"):
+        open_file("openvino", tmp_path / "m.xml", threads=1)
 
 
 def test_opening_writes_nothing_beside_the_file(tiny_xml: Path) -> None:
