@@ -77,12 +77,16 @@ def _compile(
         names = {
             name: index for index, result in enumerate(model.outputs) for name in result.get_names() & wanted
         }
+        nodes = [node for node in model.get_ordered_ops() if node.get_type_name() != "Result"]
+        is_quantized = any(node.get_type_name() == "FakeQuantize" for node in nodes)
+        # In a quantized graph only what a FakeQuantize alone reads: an output between a convolution and the
+        # ReLU fused with it makes OpenVINO 2026.4 return zeros from there on.
         found = {
             name: _after_quantization(output)
-            for node in model.get_ordered_ops()
-            if node.get_type_name() != "Result"
+            for node in nodes
             for output in node.outputs()
             for name in output.get_names() & (wanted - names.keys())
+            if not is_quantized or _after_quantization(output) is not output
         }
         for name, output in found.items():
             names[name] = len(model.outputs)
