@@ -92,7 +92,8 @@ def _openvino(name: str, image: list[int], classes: list[int], chosen: ModelFile
     bf16 = _parameter("HINT_BF16", "YES") if precision == "bf16" else ""
     return (
         f'name: "{name}"\nbackend: "openvino"\n'
-        "# 0: a request runs with the batch it brings. With a maximum, this backend pads every batch to it.\n"
+        + ("" if chosen.file.endswith(".xml") else 'default_model_filename: "model.onnx"\n')
+        + "# 0: a request runs with the batch it brings. With a maximum, this backend pads every batch to it.\n"
         "max_batch_size: 0\n"
         + _tensors([-1, *image], [-1, *classes])
         + _instance()

@@ -320,6 +320,20 @@ def test_triton_serves_the_chosen_file_with_the_measured_settings(
     assert "dims: [-1, 32, 40, 3]" in text
     assert 'key: "INFERENCE_NUM_THREADS" value: { string_value: "2" }' in text
     assert 'key: "HINT_BF16" value: { string_value: "YES" }' in text
+    assert "default_model_filename" not in text
+
+
+def test_triton_is_told_when_openvino_reads_onnx(
+    tmp_path: Path, tiny_onnx: Path, manifest_maker: Maker
+) -> None:
+    engine = {"name": "openvino", "file": "m.onnx", "threads": 0, "options": {}}
+    bundle = write_bundle(
+        tmp_path / "b", manifest=manifest_maker(engine=engine), files={"m.onnx": tiny_onnx}, report_html=""
+    )
+    text = (bundle / "triton/tiny_net/config.pbtxt").read_text()
+    assert 'default_model_filename: "model.onnx"' in text
+    assert "INFERENCE_NUM_THREADS" not in text
+    assert leftovers(bundle / "triton/tiny_net/1") == ["model.onnx"]
 
 
 def test_triton_runs_an_unoptimised_file_unoptimised(
