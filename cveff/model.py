@@ -293,7 +293,7 @@ def _build_for_size(
             return timm.create_model(architecture, pretrained=pretrained, **sized), sized
         except TypeError as error:
             if "img_size" not in str(error):
-                raise
+                raise CveffError(f"{architecture} does not take these arguments: {error}") from error
     try:
         return timm.create_model(architecture, pretrained=pretrained, **arguments), arguments
     except TypeError as error:

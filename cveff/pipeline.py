@@ -100,7 +100,9 @@ def run(
     out, progress = Path(out), progress or Silent()
     if recipe.deploy is not None:
         load_target(recipe.deploy.target)  # a misspelt target is better found before training than after
-    _open_folder(out, recipe, resume, overwrite)
+    if device is not None:
+        _check_device(device)
+    _check_folder(out, recipe, resume, overwrite)
     data = load_data(
         recipe.data.source,
         seed=recipe.seed,
@@ -111,8 +113,9 @@ def run(
     for warning in data.report.warnings:
         progress.message(f"warning: {warning}")
     phases = [(step, out / "phases" / f"{index}-{step.kind}") for index, step in enumerate(recipe.phases)]
-    finished = [folder for _, folder in phases if folder.is_dir()]
+    finished = [folder for _, folder in phases if folder.is_dir() and not overwrite]
     model = load(finished[-1]) if finished else create_for(recipe.model, data, seed=recipe.seed)
+    _open_folder(out, recipe, overwrite)
     if finished:
         progress.message(f"going on after {finished[-1].name}, which is done")
     for step, folder in phases[len(finished) :]:
@@ -230,24 +233,39 @@ def _deploy(
     )
 
 
-def _open_folder(out: Path, recipe: Recipe, resume: bool, overwrite: bool) -> None:
-    """Make sure that `out` is this run's folder, and note the recipe in it."""
+def _check_device(device: str) -> None:
+    import torch
+
+    try:
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0][:100]
+        raise RecipeError(
+            f"device {device!r} cannot be used ({reason}); give cpu, or cuda where there is one"
+        ) from error
+
+
+def _check_folder(out: Path, recipe: Recipe, resume: bool, overwrite: bool) -> None:
+    """Refuse a folder that holds anything but this run, before work is spent on it."""
     record = out / "recipe.json"
     if out.exists() and not out.is_dir():
         raise RecipeError(f"{out} is an existing file; give another folder to --out")
     if not record.is_file():
         if out.is_dir() and any(not path.name.startswith(".") for path in out.iterdir()):
             raise RecipeError(f"{out} holds files that no run of cveff left; give another folder to --out")
-    elif overwrite:
-        shutil.rmtree(out)
-    elif not resume:
-        raise RecipeError(f"{out} holds an earlier run; --resume continues it, --overwrite replaces it")
-    else:
+    elif resume and not overwrite:
         _check_same_recipe(record, recipe)
-        # What a killed process had begun to write; see `cveff.files`.
-        for leftover in (*out.glob(".*.*"), *(out / "phases").glob(".*.*")):
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-    write_json(record, recipe.to_json())
+    elif not overwrite:
+        raise RecipeError(f"{out} holds an earlier run; --resume continues it, --overwrite replaces it")
+
+
+def _open_folder(out: Path, recipe: Recipe, overwrite: bool) -> None:
+    """Begin or continue in `out`, without an earlier run and without what a killed one had begun to write."""
+    if overwrite and out.is_dir():
+        shutil.rmtree(out)
+    for leftover in (*out.glob(".*.*"), *(out / "phases").glob(".*.*")):  # see `cveff.files`
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    write_json(out / "recipe.json", recipe.to_json())
 
 
 def _check_same_recipe(record: Path, recipe: Recipe) -> None:

@@ -240,7 +240,9 @@ def recipe_for(
     if epochs is None:
         return recipe
     if recipe.train is None:
-        raise RecipeError(f"{subject}: train: is missing, so --epochs has nothing to change; add a [train] table")
+        raise RecipeError(
+            f"{subject}: train: is missing, so --epochs has nothing to change; add a [train] table"
+        )
     return dataclasses.replace(recipe, train=with_epochs(recipe.train, epochs))
 
 

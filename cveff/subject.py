@@ -77,12 +77,12 @@ def open_model(
     return model
 
 
-def for_measuring(subject: str) -> Model | Path:
-    """A model where `subject` is a saved model or a card; otherwise the path of a file or bundle, as it is."""
+def for_measuring(subject: str) -> Model | str:
+    """What `cveff.bench` and `cveff.verify` open: runs and cards are resolved, anything else stands as it is."""
     folder = saved_folder(subject)
     if folder is not None:
-        return load(folder)
-    return model_zoo.load(subject) if subject in model_zoo.names() else Path(subject)
+        return str(folder)
+    return model_zoo.load(subject) if subject in model_zoo.names() else subject
 
 
 def architectures(pattern: str) -> list[str]:

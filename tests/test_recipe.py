@@ -33,7 +33,10 @@ MISTAKES = [
     ({"trian": {}}, "r.toml: trian: unknown key; did you mean 'train'?"),
     ({"train.epoch": 3}, "r.toml: train.epoch: unknown key; did you mean 'epochs'?"),
     ({"train.zzz": 3}, "r.toml: train.zzz: unknown key; known: epochs, batch_size"),
-    ({"train.augmentation.flips": "x"}, "r.toml: train.augmentation.flips: unknown key; did you mean 'flip'?"),
+    (
+        {"train.augmentation.flips": "x"},
+        "r.toml: train.augmentation.flips: unknown key; did you mean 'flip'?",
+    ),
     ({"train.epochs": "ten"}, "r.toml: train.epochs: 'ten' is not an integer"),
     ({"train.epochs": 2.5}, "r.toml: train.epochs: 2.5 is not an integer"),
     ({"train.epochs": True}, "r.toml: train.epochs: true is not an integer"),
@@ -42,7 +45,10 @@ MISTAKES = [
     ({"train.learning_rate": float("nan")}, "r.toml: train.learning_rate: nan is not a finite number"),
     ({"train.learning_rate": "fast"}, "r.toml: train.learning_rate: 'fast' is not a number"),
     ({"train.optimizer": "adam"}, "r.toml: train.optimizer: 'adam' is unknown; did you mean 'adamw'?"),
-    ({"train.augmentation.flip": "x"}, "r.toml: train.augmentation.flip: 'x' is unknown; known: none, random"),
+    (
+        {"train.augmentation.flip": "x"},
+        "r.toml: train.augmentation.flip: 'x' is unknown; known: none, random",
+    ),
     ({"train.augmentation.erasing": 2.0}, "r.toml: train.augmentation.erasing is 2.0; give a probability"),
     ({"train.batch_size": 10, "train.accumulation": 3}, "r.toml: train.accumulation 3 does not divide"),
     ({"train": 3}, "r.toml: train: 3 is not a table"),
@@ -52,7 +58,10 @@ MISTAKES = [
     ({"data.on_bad_image": "ignore"}, "r.toml: data.on_bad_image: 'ignore' is unknown; known: error, skip"),
     ({"model.channels": 2}, "r.toml: model.channels: 2 is unknown; known: 1, 3"),
     ({"model.image_size": 0.5}, "r.toml: model.image_size: 0.5 is not an integer or an array"),
-    ({"model.image_size": [1, 2, 3]}, "r.toml: model.image_size: [1, 2, 3] is not an integer or an array of 2"),
+    (
+        {"model.image_size": [1, 2, 3]},
+        "r.toml: model.image_size: [1, 2, 3] is not an integer or an array of 2",
+    ),
     ({"model.image_size": 0}, "r.toml: model.image_size: 0 is not a positive number of pixels"),
     ({"model.pretrained": "yes"}, "r.toml: model.pretrained: 'yes' is not true or false"),
     ({"model.pretrained": True, "model.weights": "a.pth"}, "r.toml: model.pretrained: cannot be combined"),
@@ -61,15 +70,24 @@ MISTAKES = [
     ({"steps": [3]}, "r.toml: steps[0]: 3 is not a table"),
     ({"steps": [{}]}, "r.toml: steps[0]: kind is missing; known: reparameterize, fold_batch_norm, train"),
     ({"steps": [{"kind": "prune"}]}, "r.toml: steps[0].kind: 'prune' is unknown; known: reparameterize"),
-    ({"steps": [{"kind": "train", "epohs": 1}]}, "r.toml: steps[0].epohs: unknown key; did you mean 'epochs'?"),
+    (
+        {"steps": [{"kind": "train", "epohs": 1}]},
+        "r.toml: steps[0].epohs: unknown key; did you mean 'epochs'?",
+    ),
     ({"steps": [{"kind": "train", "epochs": -1}]}, "r.toml: steps[0]: train.epochs is -1; give 0 or more"),
-    ({"steps": [{"kind": "fold_batch_norm"}, {"kind": "train"}]}, "r.toml: steps[1]: trains after branches or"),
+    (
+        {"steps": [{"kind": "fold_batch_norm"}, {"kind": "train"}]},
+        "r.toml: steps[1]: trains after branches or",
+    ),
     ({"steps": [{"kind": "fold_batch_norm"}] * 2}, "r.toml: steps[1]: fold_batch_norm is done twice"),
     ({"deploy.max_accuracy_drop": -1}, "r.toml: deploy.max_accuracy_drop: -1.0 is not a number of points"),
     ({"deploy.num_calibration": 0}, "r.toml: deploy.num_calibration: 0 is not a positive number"),
     ({"seed": -1}, "r.toml: seed: -1 is negative"),
     ({"train.epochs": 0}, "r.toml: train.epochs: is 0 and there are no model.weights"),
-    ({"train.epochs": 0, "train.ema": 0.9, "model.weights": "a.pth"}, "r.toml: train.ema: averages no weights"),
+    (
+        {"train.epochs": 0, "train.ema": 0.9, "model.weights": "a.pth"},
+        "r.toml: train.ema: averages no weights",
+    ),
     ({"train.keep": "last", "train.patience": 3}, "r.toml: train.patience: stops past the best weights"),
 ]
 
@@ -92,7 +110,9 @@ FULL = Recipe(
     data=DataSettings("photos/", "skip", 0.2),
     model=ModelSettings("resnet18", (32, 48), 1, True, {"drop_rate": 0.1, "note": 'a "b" é 😀 \x7f \\'}),
     train=Train(epochs=3, learning_rate=1e-3, augmentation=Augmentation(flip="random", mixup=0.2)),
-    steps=parse_recipe({**BASE, "steps": [{"kind": "train", "epochs": 1}, {"kind": "fold_batch_norm"}]}).steps,
+    steps=parse_recipe(
+        {**BASE, "steps": [{"kind": "train", "epochs": 1}, {"kind": "fold_batch_norm"}]}
+    ).steps,
     deploy=DeploySettings(max_accuracy_drop=0.5),
     seed=7,
 )
@@ -116,7 +136,7 @@ def test_every_recipe_of_the_zoo_is_valid_and_deploys(name: str) -> None:
     assert parse_recipe(recipe.to_json()) == recipe
 
 
-@pytest.mark.parametrize("source", ["digits", "fashion-mnist", "some/folder", "odd \"name\" \\ é"])
+@pytest.mark.parametrize("source", ["digits", "fashion-mnist", "some/folder", 'odd "name" \\ é'])
 def test_the_commented_recipe_means_the_default_one(source: str) -> None:
     recipe = parse_recipe(tomllib.loads(commented(source, "resnet18")))
     expected = recipe_for(source, {"model.architecture": "resnet18"})
@@ -143,7 +163,9 @@ def test_the_commented_recipe_comments_every_key_truly() -> None:
     assert tried > 15
 
 
-@pytest.mark.parametrize("settings", [Recipe, ModelSettings, DataSettings, DeploySettings, Train, Augmentation])
+@pytest.mark.parametrize(
+    "settings", [Recipe, ModelSettings, DataSettings, DeploySettings, Train, Augmentation]
+)
 def test_every_setting_is_described(settings: type) -> None:
     missing = {item.name for item in dataclasses.fields(settings)} - descriptions(settings).keys()
     assert not missing
@@ -191,7 +213,9 @@ def test_more_or_fewer_epochs_keep_the_warm_up_in_proportion() -> None:
 
 
 def test_default_training_is_gentler_on_given_weights() -> None:
-    assert default_training("x", has_weights=True).peak_learning_rate < default_training("x").peak_learning_rate
+    assert (
+        default_training("x", has_weights=True).peak_learning_rate < default_training("x").peak_learning_rate
+    )
     assert default_training("digits").augmentation.min_scale == 1.0
 
 

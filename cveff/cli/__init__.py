@@ -98,6 +98,10 @@ def _run(words: list[str], debug: bool) -> int:
         # The reader of our output went away (`cveff models | head`). Python would complain once more on exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
+    except SystemExit as stop:
+        if isinstance(stop.__context__, BrokenPipeError):  # typer's own way of handling the same
+            return BROKEN_PIPE
+        raise
     except Exception:  # noqa: BLE001  (the last place that can tell a bug from a user's mistake)
         traceback.print_exc()
         _say(f"this is a bug in cveff {cveff.__version__}; please report it with the lines above")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -103,7 +103,7 @@ def deploy(
             progress=progress,
         )
     if as_json:
-        return print_json({"bundle": str(deployment.path), "manifest": deployment.manifest})
+        return print_json(deployment.to_json())
     return show_deployment(deployment)
 
 
@@ -134,8 +134,7 @@ def export(
             channels=options.number(channels),
         )
         progress.message(f"exporting {opened.spec.architecture}")
-        settings: dict[str, Any] = {} if opset is None else {"opset": opset}
-        path = cveff.export(opened, out or Path(f"{Path(model).name}.onnx"), check=check, **settings)
+        path = cveff.export(opened, out or Path(f"{Path(model).name}.onnx"), opset=opset, check=check)
     if as_json:
         return print_json(
             {"path": str(path), "bytes": path.stat().st_size, "input": opened.spec.input.to_json()}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cveff.cli import options
-from cveff.cli.options import examples, print_json
+from cveff.cli.options import examples, milliseconds, percent, print_json, print_table, size
 from cveff.console import working
 
 if TYPE_CHECKING:
@@ -36,6 +36,9 @@ def bench(
     ] = None,
     threads: options.Threads = None,
     rounds: Annotated[int | None, typer.Option("--rounds", min=1, help="Interleaved rounds.")] = None,
+    memory: Annotated[
+        bool, typer.Option("--memory/--no-memory", help="Measure fresh processes' memory.")
+    ] = True,
     data: options.OptionalData = None,
     quiet: options.Quiet = False,
     as_json: options.Json = False,
@@ -45,14 +48,14 @@ def bench(
         import cveff
         from cveff.subject import for_measuring
 
-        settings = {} if rounds is None else {"rounds": rounds}
         figures = cveff.bench(
             [for_measuring(subject) for subject in subjects],
             batch=tuple(batch or (1,)),
             threads=threads,
             data=data,
+            rounds=rounds,
+            memory=memory,
             progress=progress,
-            **settings,
         )
     if as_json:
         return print_json([entry.to_json() for entry in figures])
@@ -78,3 +81,39 @@ def verify(
     if as_json:
         return print_json(verification.to_json())
     return show_verification(verification)
+
+
+def show_figures(figures: Sequence[Figures]) -> None:
+    """One row a subject and batch size."""
+    print_table(
+        "",
+        (
+            "model",
+            "engine",
+            "batch",
+            "threads",
+            "median",
+            "p90",
+            "images/s",
+            "speed-up",
+            "size",
+            "memory",
+            "accuracy",
+        ),
+        [
+            (
+                entry.name,
+                f"{entry.engine} {entry.precision}".strip(),
+                entry.batch,
+                entry.threads,
+                milliseconds(entry.median_ms),
+                milliseconds(entry.p90),
+                f"{entry.throughput:,.0f}",
+                f"{entry.speedup:.2f}×",
+                size(entry.size_bytes),
+                size(entry.peak_rss_bytes),
+                percent(entry.accuracy),
+            )
+            for entry in figures
+        ],
+    )
