@@ -43,7 +43,7 @@ def commented(data: str, architecture: str | None = None) -> str:
 def to_toml(values: Mapping[str, Any], path: tuple[str, ...] = ()) -> str:
     """Plain values as TOML: scalars first, then tables and arrays of tables. None is left out."""
     lines = [
-        f"{key} = {_literal(value)}"
+        f"{key} = {literal(value)}"
         for key, value in values.items()
         if not _is_table(value) and value is not None
     ]
@@ -81,9 +81,9 @@ def _table(settings: type, values: Mapping[str, Any], path: tuple[str, ...]) -> 
         )
         default = default_of(item)
         if item.name in values:
-            yield f"{item.name} = {_literal(values[item.name])}"
+            yield f"{item.name} = {literal(values[item.name])}"
         else:
-            yield f"# {item.name} = {'…' if default is None else _literal(default)}"
+            yield f"# {item.name} = {'…' if default is None else literal(default)}"
     for item in keys:
         name = ".".join((*path, item.name))
         if item.name in inner:
@@ -124,16 +124,16 @@ def _is_table(value: Any) -> bool:
     )
 
 
-def _literal(value: Any) -> str:
+def literal(value: Any) -> str:
     """A TOML value."""
     if isinstance(value, Mapping):
         return (
-            "{ " + ", ".join(f"{_key(key)} = {_literal(item)}" for key, item in value.items()) + " }"
+            "{ " + ", ".join(f"{_key(key)} = {literal(item)}" for key, item in value.items()) + " }"
             if value
             else "{}"
         )
     if isinstance(value, (list, tuple)):
-        return f"[{', '.join(_literal(item) for item in value)}]"
+        return f"[{', '.join(literal(item) for item in value)}]"
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, (int, float)):

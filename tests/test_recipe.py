@@ -220,7 +220,7 @@ def test_default_training_is_gentler_on_given_weights() -> None:
 
 
 def test_files_that_are_no_recipe(tmp_path) -> None:
-    with pytest.raises(RecipeError, match="no recipe 'absent.toml'"):
+    with pytest.raises(RecipeError, match=r"no recipe 'absent\.toml'"):
         read_recipe("absent.toml")
     with pytest.raises(RecipeError, match="one of digits"):
         read_recipe("absent")

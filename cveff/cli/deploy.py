@@ -123,7 +123,8 @@ def export(
 ) -> None:
     """Export to a checked ONNX file that takes uint8 images; normalisation is inside."""
     with working(quiet) as progress:
-        import cveff
+        from cveff.export.onnx import OPSET
+        from cveff.export.onnx import export as write_onnx
         from cveff.subject import open_model, read_labels
 
         opened = open_model(
@@ -134,7 +135,7 @@ def export(
             channels=options.number(channels),
         )
         progress.message(f"exporting {opened.spec.architecture}")
-        path = cveff.export(opened, out or Path(f"{Path(model).name}.onnx"), opset=opset, check=check)
+        path = write_onnx(opened, out or Path(f"{Path(model).name}.onnx"), opset=opset or OPSET, check=check)
     if as_json:
         return print_json(
             {"path": str(path), "bytes": path.stat().st_size, "input": opened.spec.input.to_json()}

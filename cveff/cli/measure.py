@@ -14,6 +14,7 @@ from cveff.console import working
 if TYPE_CHECKING:
     from cveff.export.bench import Figures
     from cveff.export.verify import Verification
+    from cveff.measure.parity import LayerParity
 
 
 def register(app: typer.Typer) -> None:
@@ -64,23 +65,42 @@ def bench(
 
 def verify(
     subject: Annotated[str, typer.Argument(help="A bundle, an .onnx or .xml file, or a saved model.")],
-    data: Annotated[str, typer.Option("--data", help="Data set: a name, a folder, or shards.")],
+    data: options.OptionalData = None,
     against: Annotated[
-        str | None, typer.Option("--against", help="A saved model or file to compare with, layer by layer.")
+        str | None,
+        typer.Option("--against", help="The original: a saved model or a file. [a bundle's model.onnx]"),
     ] = None,
+    max_accuracy_drop: Annotated[
+        float | None,
+        typer.Option(
+            "--max-accuracy-drop", min=0, max=100, help="Points it may lose; by default the bundle's."
+        ),
+    ] = None,
+    threads: options.Threads = None,
     quiet: options.Quiet = False,
     as_json: options.Json = False,
-) -> None:
-    """Check a file's hashes, its accuracy, and its agreement with the model it came from."""
+) -> int:
+    """Check hashes, accuracy against the claim, and agreement with the original, layer by layer.
+
+    Exit code 2 where something is wrong.
+    """
     with working(quiet) as progress:
         import cveff
         from cveff.subject import for_measuring
 
-        reference = None if against is None else for_measuring(against)
-        verification = cveff.verify(for_measuring(subject), data=data, against=reference, progress=progress)
+        verification = cveff.verify(
+            for_measuring(subject),
+            data=data,
+            against=None if against is None else for_measuring(against),
+            max_accuracy_drop=max_accuracy_drop,
+            threads=threads,
+            progress=progress,
+        )
     if as_json:
-        return print_json(verification.to_json())
-    return show_verification(verification)
+        print_json(verification.to_json())
+    else:
+        show_verification(verification)
+    return 0 if verification.ok else 2
 
 
 def show_figures(figures: Sequence[Figures]) -> None:
@@ -117,3 +137,35 @@ def show_figures(figures: Sequence[Figures]) -> None:
             for entry in figures
         ],
     )
+
+
+def show_verification(found: Verification) -> None:
+    """What was checked, then what is wrong."""
+    images = "" if found.num_images is None else f" of {found.num_images} images ({found.split})"
+    rows: list[tuple[str, object]] = [
+        ("subject", f"{found.subject}  {found.engine} {found.precision}"),
+        ("compared with", found.reference),
+        ("accuracy", found.accuracy is not None and f"{percent(found.accuracy)}{images}"),
+        ("claimed accuracy", percent(found.claimed_accuracy)),
+        ("original's accuracy", percent(found.reference_accuracy)),
+        ("agreement", percent(found.agreement)),
+        ("largest relative difference", _scientific(found.max_relative_difference)),
+        ("first large difference", _layer(found.first_large_difference)),
+        ("most error is made in", _layer(found.largest_rise)),
+    ]
+    print_table("", ("check", "found"), [row for row in rows if row[1]])
+    for note in found.notes:
+        typer.echo(f"note: {note}")
+    for problem in found.problems:
+        typer.echo(f"problem: {problem}")
+    typer.echo("verified" if found.ok else "not verified")
+
+
+def _layer(layer: LayerParity | None) -> str | None:
+    if layer is None:
+        return None
+    return f"{layer.module or layer.name} ({layer.op}, {_scientific(layer.relative_difference)})"
+
+
+def _scientific(value: float | None) -> str | None:
+    return None if value is None else f"{value:.1e}"
