@@ -169,7 +169,8 @@ def test_openvino_is_told_every_setting(tiny_xml: Path, monkeypatch: pytest.Monk
     for precision, name in (("f32", "f32"), ("bf16", "bf16")):
         options = {} if precision == "f32" else {"inference_precision": precision}
         session = openvino_session.OpenVinoSession(tiny_xml, 1, options)
-        compiled = session._request(1).get_compiled_model()
+        session(IMAGES[:1])
+        compiled = session._requests[1].get_compiled_model()
         assert compiled.get_property("INFERENCE_NUM_THREADS") == 1
         assert compiled.get_property("NUM_STREAMS") == 1
         assert str(compiled.get_property("PERFORMANCE_HINT")).endswith("LATENCY")
@@ -179,13 +180,15 @@ def test_openvino_is_told_every_setting(tiny_xml: Path, monkeypatch: pytest.Monk
             ).replace("bfloat16", "bf16")
 
 
-def test_openvino_compiles_for_the_first_batch_sizes_and_answers_the_same_for_any(tiny_xml: Path) -> None:
-    sizes = [4, 1, 3, 2, 4, 5, 1]
+def test_openvino_compiles_for_sizes_that_come_again_and_answers_the_same(tiny_xml: Path) -> None:
+    images = RNG.integers(0, 256, (12, 32, 40, 3), dtype=np.uint8)
     with openvino_session.OpenVinoSession(tiny_xml, 1) as session:
-        for size in sizes:
-            with openvino_session.OpenVinoSession(tiny_xml, 1) as fresh:
-                np.testing.assert_array_equal(session(IMAGES[:size]), fresh(IMAGES[:size]))
-        assert list(session._requests) == [4, 1, None]
+        expected = np.concatenate([session(image[None]) for image in images])
+    with openvino_session.OpenVinoSession(tiny_xml, 1) as session:
+        for size in [4, 11, 3, 3, 4, 5, 5, 6, 6, 7, 7, 12, 2, 2]:
+            np.testing.assert_array_equal(session(images[:size]), expected[:size])
+        assert list(session._requests) == [4, 1, 3, 5]  # 6, 7 and 2 found no room
+        assert session._parts(12) == [5, 5, 1, 1]
 
 
 def test_openvino_weights_cut_short(tmp_path: Path, tiny_xml: Path) -> None:
