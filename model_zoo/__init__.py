@@ -1,4 +1,4 @@
-"""Models that come with cveff: `cards()` lists them and their figures, `load(name)` builds one with weights."""
+"""The models that come with cveff: `cards()` lists them, `load(name)` builds one with its weights."""
 
 from __future__ import annotations
 
