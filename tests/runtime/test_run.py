@@ -98,6 +98,20 @@ def test_without_torch_torchvision_timm_or_cveff(tiny_bundle: Path, photos: Path
         assert len(result.stdout.splitlines()) == 4
 
 
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_opening_and_predicting_fit_in_250_megabytes(tiny_bundle: Path, photos: Path, engine: str) -> None:
+    """The interpreter, numpy, Pillow and the engine; a model adds its own weights."""
+    code = (
+        "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL); "
+        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+    )
+    command = [sys.executable, str(tiny_bundle / "run.py"), str(photos), "--engine", engine]
+    result = subprocess.run(
+        [sys.executable, "-c", code, *command], capture_output=True, text=True, check=True
+    )
+    assert int(result.stdout) < 250 * 1024  # KiB
+
+
 def test_a_bad_image_does_not_stop_the_others(tiny_bundle: Path, photos: Path) -> None:
     (photos / "b.JPG").write_bytes(b"damaged")
     Image.new("RGB", (4, 4)).save(photos / "more" / "small.png")
