@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 class _CallablePackage(ModuleType):
     """`cveff.export` is a verb and a room; importing the room must not take the verb away."""
 
-    def __call__(self, model: Model, path: str | Path, *, opset: int | None = None, check: bool = True) -> Path:
+    def __call__(
+        self, model: Model, path: str | Path, *, opset: int | None = None, check: bool = True
+    ) -> Path:
         """Write `model` as an ONNX file; see `cveff.export.onnx.export`."""
         from cveff.export.onnx import OPSET, export
 

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from cveff.errors import EngineError, ExportError
+from cveff.export.graph import first_line
 from cveff.export.metadata import write_metadata
 from cveff.export.normalize import deployable
 from cveff.export.simplify import simplify
@@ -99,7 +100,9 @@ def difference(serialized: bytes, network: nn.Module, model: Model) -> float:
                         )
                     worst = max(worst, relative_difference(logits, expected))
     except EngineError as error:
-        raise ExportError(f"{name}: ONNX Runtime cannot run the exported file: {first_line(error)}") from error
+        raise ExportError(
+            f"{name}: ONNX Runtime cannot run the exported file: {first_line(error)}"
+        ) from error
     return worst
 
 
@@ -130,10 +133,14 @@ def _trace(network: nn.Module, model: Model, opset: int) -> onnx.ModelProto:
                 opset_version=opset,
                 verbose=False,
             )
-    except Exception as error:  # noqa: BLE001  (the exporter raises whatever a layer raises; it is named and chained)
-        raise ExportError(f"{model.spec.architecture} cannot be exported to ONNX: {first_line(error)}") from error
+    except Exception as error:
+        raise ExportError(
+            f"{model.spec.architecture} cannot be exported to ONNX: {first_line(error)}"
+        ) from error
     if program is None:
-        raise ExportError(f"{model.spec.architecture} cannot be exported to ONNX: the exporter returned nothing")
+        raise ExportError(
+            f"{model.spec.architecture} cannot be exported to ONNX: the exporter returned nothing"
+        )
     return program.model_proto
 
 
@@ -141,7 +148,9 @@ def _pool_by_mean(traced: torch.export.ExportedProgram) -> None:
     """Global average pooling as a mean, in place: on channels-last strides PyTorch decomposes it to a strided
     view, which becomes a gather by computed index in ONNX."""
     for node in traced.graph.nodes:
-        if node.target is torch.ops.aten.adaptive_avg_pool2d.default and all(side == 1 for side in node.args[1]):
+        if node.target is torch.ops.aten.adaptive_avg_pool2d.default and all(
+            side == 1 for side in node.args[1]
+        ):
             node.target, node.args = torch.ops.aten.mean.dim, (node.args[0], [-2, -1], True)
     traced.graph_module.recompile()
 
@@ -150,7 +159,9 @@ def _check_onnx(proto: onnx.ModelProto, model: Model) -> None:
     try:
         onnx.checker.check_model(proto, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise ExportError(f"{model.spec.architecture}: the exported graph is not valid ONNX: {first_line(error)}") from error
+        raise ExportError(
+            f"{model.spec.architecture}: the exported graph is not valid ONNX: {first_line(error)}"
+        ) from error
 
 
 def _refuse_too_large(model: Model) -> None:
@@ -165,7 +176,10 @@ def _refuse_too_large(model: Model) -> None:
 @contextmanager
 def quiet_exporter() -> Iterator[None]:
     """Silence the exporter's warnings and log lines; its errors still raise."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "torch.fx", "onnxscript", "onnx_ir")]
+    loggers = [
+        logging.getLogger(name)
+        for name in ("torch.onnx", "torch.export", "torch.fx", "onnxscript", "onnx_ir")
+    ]
     levels = [logger.level for logger in loggers]
     try:
         for logger in loggers:
@@ -176,9 +190,3 @@ def quiet_exporter() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error that says something, or its type."""
-    lines = [line.strip() for line in str(error).splitlines()]
-    return next((line for line in lines if line), type(error).__name__)

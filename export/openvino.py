@@ -1,22 +1,29 @@
-"""OpenVINO: IR files (`.xml` + `.bin`) from exported ONNX files, and NNCF's int8 for OpenVINO and ONNX."""
+"""OpenVINO: IR files (`.xml` + `.bin`) from exported ONNX files, and NNCF's int8 for OpenVINO and for ONNX."""
 
 from __future__ import annotations
 
-import contextlib
-import io
+import importlib
+import logging
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import onnx
 
 from cveff.errors import ExportError, MissingDependencyError
 from cveff.export.calibration import check_calibration
-from cveff.export.quantize import read_onnx
+from cveff.export.graph import (
+    first_line,
+    has_attention,
+    has_signed_activations,
+    preprocessing_nodes,
+    read_onnx,
+)
 from cveff.files import atomic_path
 
 Preset = Literal["performance", "mixed"]
@@ -26,17 +33,19 @@ def convert(source_onnx: str | Path, destination_xml: str | Path, *, compress_to
     """Write an exported ONNX file as OpenVINO IR.
 
     Args:
-        destination_xml: the `.xml` to write; the weights go beside it as `.bin`.
-        compress_to_fp16: store weights in half precision: half the size, not bit-exact.
+        destination_xml: the `.xml` to write; the weights go beside it as `.bin`. Both appear, or neither.
+        compress_to_fp16: store the weights in half precision: half the size, no longer bit-exact.
+
+    Returns:
+        `destination_xml`.
 
     Raises:
         MissingDependencyError: openvino is not installed.
-        ExportError: OpenVINO cannot read the file.
+        ExportError: OpenVINO cannot read the file, or the destination does not end in .xml.
     """
     source, destination = Path(source_onnx), _xml(destination_xml)
-    proto = read_onnx(source)
-    model = _read(proto, source)
-    return _save(model, destination, compress_to_fp16)
+    read_onnx(source)
+    return _save(_read(source), destination, compress_to_fp16)
 
 
 def quantize_openvino(
@@ -46,12 +55,31 @@ def quantize_openvino(
     *,
     preset: Preset | None = None,
     transformer: bool | None = None,
+    fast_bias_correction: bool = True,
 ) -> Path:
-    """Write an int8 OpenVINO IR made by NNCF's post-training quantization."""
+    """Write an int8 OpenVINO IR made by NNCF's post-training quantization (weights a channel, static activations).
+
+    Args:
+        destination_xml: the `.xml` to write; the weights go beside it as `.bin`. Both appear, or neither.
+        calibration: (N, H, W, C) uint8, every image used, one at a time.
+        preset: "performance" (symmetric activations) or "mixed" (asymmetric); by default "mixed" where an
+            activation function has a negative side (hard-swish, GELU, …), else "performance".
+        transformer: whether to use NNCF's rules for transformers; by default whether the graph has attention.
+        fast_bias_correction: correct each layer's mean from its own inputs alone; off, from the quantized
+            network's: slower, often a little better.
+
+    Returns:
+        `destination_xml`.
+
+    Raises:
+        MissingDependencyError: openvino or nncf is not installed.
+        ExportError: unusable calibration images or settings, or NNCF failed.
+    """
     source, destination = Path(source_onnx), _xml(destination_xml)
     proto = read_onnx(source)
     check_calibration(calibration, proto)
-    quantized = _nncf(_read(proto, source), proto, calibration, preset, transformer, source)
+    settings = _settings(proto, preset, transformer, fast_bias_correction)
+    quantized = _nncf(_read(source), calibration, settings, source)
     return _save(quantized, destination, compress_to_fp16=False)
 
 
@@ -62,65 +90,61 @@ def quantize_onnx_nncf(
     *,
     preset: Preset | None = None,
     transformer: bool | None = None,
+    fast_bias_correction: bool = True,
 ) -> Path:
-    """Write an int8 (Q/DQ) ONNX file made by NNCF's post-training quantization."""
+    """Write an int8 (Q/DQ) ONNX file made by NNCF; arguments and errors as `quantize_openvino`.
+
+    Activations get one scale a tensor: NNCF would give depthwise convolutions one a channel, which ONNX
+    Runtime's kernels refuse.
+    """
     source, destination = Path(source_onnx), Path(destination_onnx)
     proto = read_onnx(source)
     check_calibration(calibration, proto)
-    # NNCF gives depthwise convolutions one activation scale a channel; ONNX Runtime's kernels take one a tensor.
-    quantized = _nncf(proto, proto, calibration, preset, transformer, source, per_tensor_activations=True)
+    settings = _settings(proto, preset, transformer, fast_bias_correction)
+    parameters = _require("nncf.quantization.advanced_parameters")
+    settings["advanced_parameters"] = parameters.AdvancedQuantizationParameters(
+        activations_quantization_params=parameters.QuantizationParameters(per_channel=False)
+    )
+    quantized = _nncf(proto, calibration, settings, source)
     with atomic_path(destination) as temporary:
-        temporary.write_bytes(quantized.SerializeToString())
+        temporary.write_bytes(quantized.SerializeToString(deterministic=True))
     return destination
 
 
-def _nncf(
-    model: Any,
-    proto: onnx.ModelProto,
-    calibration: np.ndarray,
-    preset: Preset | None,
-    transformer: bool | None,
-    source: Path,
-    per_tensor_activations: bool = False,
-) -> Any:
+def _settings(
+    proto: onnx.ModelProto, preset: Preset | None, transformer: bool | None, fast_bias_correction: bool
+) -> dict[str, Any]:
+    if preset is not None and preset not in get_args(Preset):
+        raise ExportError(f"preset {preset!r} is unknown; use one of {', '.join(get_args(Preset))}")
     nncf = _require("nncf")
-    is_transformer = has_attention(proto) if transformer is None else transformer
+    if transformer is None:
+        transformer = has_attention(proto)
     if preset is None:
-        preset = "mixed" if is_transformer or has_signed_activations(proto) else "performance"
+        preset = "mixed" if transformer or has_signed_activations(proto) else "performance"
     presets = {"performance": nncf.QuantizationPreset.PERFORMANCE, "mixed": nncf.QuantizationPreset.MIXED}
-    advanced = None
-    if per_tensor_activations:
-        advanced = nncf.AdvancedQuantizationParameters(
-            activations_quantization_params=nncf.quantization.advanced_parameters.QuantizationParameters(per_channel=False)
-        )
-    items = [calibration[index : index + 1] for index in range(len(calibration))]
+    return {
+        "preset": presets[preset],
+        "model_type": nncf.ModelType.TRANSFORMER if transformer else None,
+        "fast_bias_correction": fast_bias_correction,
+        "ignored_scope": nncf.IgnoredScope(names=preprocessing_nodes(proto), validate=False),
+    }
+
+
+def _nncf(model: Any, calibration: np.ndarray, settings: dict[str, Any], source: Path) -> Any:
+    nncf = _require("nncf")
+    # One image a step: NNCF's statistics count samples, and memory stays that of one image.
+    samples = [calibration[index : index + 1] for index in range(len(calibration))]
+    dataset = nncf.Dataset(samples, lambda image: {"images": image})
     try:
         with _quiet(nncf):
-            return nncf.quantize(
-                model,
-                nncf.Dataset(items, lambda image: {"images": image}),
-                preset=presets[preset],
-                subset_size=len(items),
-                model_type=nncf.ModelType.TRANSFORMER if is_transformer else None,
-                advanced_parameters=advanced,
-            )
-    except Exception as error:  # noqa: BLE001  (whatever NNCF raises is named and chained)
-        raise ExportError(f"{source} cannot be quantized by NNCF: {type(error).__name__}: {error}") from error
+            return nncf.quantize(model, dataset, subset_size=len(samples), **settings)
+    except Exception as error:
+        raise ExportError(
+            f"{source} cannot be quantized by NNCF: {type(error).__name__}: {first_line(error)}"
+        ) from error
 
 
-def has_attention(proto: onnx.ModelProto) -> bool:
-    """Whether the graph looks like a transformer: softmax between matrix products, with layer norms."""
-    kinds = {node.op_type for node in proto.graph.node}
-    return "Softmax" in kinds and "LayerNormalization" in kinds
-
-
-def has_signed_activations(proto: onnx.ModelProto) -> bool:
-    """Whether a layer's activation has a negative side (anything but ReLU), so that its range is lopsided."""
-    kinds = {node.op_type for node in proto.graph.node}
-    return bool(kinds & {"HardSwish", "Gelu", "Sigmoid", "Erf", "Elu", "Mish", "Swish", "LeakyRelu", "PRelu"})
-
-
-def _read(proto: onnx.ModelProto, source: Path) -> Any:
+def _read(source: Path) -> Any:
     openvino = _require("openvino")
     try:
         return openvino.Core().read_model(source)
@@ -130,12 +154,21 @@ def _read(proto: onnx.ModelProto, source: Path) -> Any:
 
 def _save(model: Any, destination: Path, compress_to_fp16: bool) -> Path:
     openvino = _require("openvino")
+    weights = destination.with_suffix(".bin")
     with tempfile.TemporaryDirectory(prefix="cveff-openvino-") as folder:
         written = Path(folder) / destination.name
         openvino.save_model(model, written, compress_to_fp16=compress_to_fp16)
-        with atomic_path(destination) as xml, atomic_path(destination.with_suffix(".bin")) as weights:
-            weights.write_bytes(written.with_suffix(".bin").read_bytes())
-            xml.write_bytes(written.read_bytes())
+        had_weights = weights.exists()
+        try:
+            # The .xml is renamed last: where it is, its weights are.
+            with atomic_path(destination) as new_xml:
+                new_xml.write_bytes(written.read_bytes())
+                with atomic_path(weights) as new_weights:
+                    new_weights.write_bytes(written.with_suffix(".bin").read_bytes())
+        except BaseException:
+            if not had_weights:
+                weights.unlink(missing_ok=True)
+            raise
     return destination
 
 
@@ -146,24 +179,32 @@ def _xml(path: str | Path) -> Path:
     return path
 
 
-def _require(package: Literal["openvino", "nncf"]) -> Any:
-    import importlib
-
+def _require(module: str) -> Any:
+    """Import an optional package; NNCF without the report of its use that it sends over the network."""
+    package = module.split(".")[0]
+    # NNCF looks at this variable once, when it is first imported.
+    silence = package == "nncf" and package not in sys.modules and "NNCF_CI" not in os.environ
     try:
-        # NNCF reports its use over the network unless told not to; a user's models are no one's business.
-        os.environ.setdefault("NNCF_CI", "1")
-        return importlib.import_module(package)
+        if silence:
+            os.environ["NNCF_CI"] = "1"
+        return importlib.import_module(module)
     except ImportError as error:
         raise MissingDependencyError(f"{package} is not installed; pip install 'cveff[openvino]'") from error
+    finally:
+        if silence:
+            del os.environ["NNCF_CI"]
 
 
 @contextmanager
 def _quiet(nncf: Any) -> Iterator[None]:
     """NNCF draws progress bars and logs on standard output, which belongs to the caller."""
+    levels = [(handler, handler.level) for handler in nncf.nncf_logger.handlers]
     level = nncf.nncf_logger.level
-    nncf.set_log_level(40)
+    nncf.set_log_level(logging.ERROR)
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
+        with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
             yield
     finally:
-        nncf.set_log_level(level)
+        nncf.nncf_logger.setLevel(level)
+        for handler, old in levels:
+            handler.setLevel(old)

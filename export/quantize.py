@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 import logging
+import os
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import onnx
 
 from cveff.errors import ExportError
 from cveff.export.calibration import batches, check_calibration
+from cveff.export.graph import first_line, has_layer_norms, preprocessing_nodes, read_onnx
 from cveff.files import atomic_path
 
 Method = Literal["minmax", "entropy", "percentile"]
-OP_TYPES = ("Conv", "Gemm", "MatMul", "Add", "Mul", "Concat", "MaxPool", "AveragePool", "GlobalAveragePool",
-            "Relu", "Clip", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Pad", "Resize", "Split",
-            "Slice", "Gather")  # fmt: skip
+Activations = Literal["uint8", "int8"]
+
+WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+"""Kinds of nodes that hold nearly all of the work."""
+
+ALL = (
+    *WEIGHTED,
+    *("Add", "Mul", "Relu", "Clip", "LeakyRelu", "Sigmoid", "Concat", "Split", "Resize", "Pad", "Where"),
+    *("MaxPool", "AveragePool", "GlobalAveragePool"),
+    *("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Slice", "Gather"),
+)
+"""`WEIGHTED`, and what lies between so that a convolutional network stays in int8 from end to end."""
 
 
 def quantize_onnx(
@@ -28,98 +39,105 @@ def quantize_onnx(
     calibration: np.ndarray,
     *,
     method: Method = "minmax",
-    activations: Literal["uint8", "int8"] = "uint8",
+    activations: Activations = "uint8",
     reduce_range: bool = False,
     per_channel: bool = True,
-    op_types: Sequence[str] = OP_TYPES,
+    op_types: Sequence[str] | None = None,
     exclude: Sequence[str] = (),
 ) -> Path:
-    """Write a static int8 (Q/DQ) version of an exported file.
+    """Write a static int8 (Q/DQ) version of an exported file. The same calibration gives the same bytes.
+
+    Matrix products take int8 and return float32: ONNX Runtime has a kernel for exactly that, while rounding
+    their sums to 8 bits costs a pass over them and ruins a residual stream. Scaling and normalisation of the
+    pixels stay in float32: the image is rounded once, at the first convolution.
 
     Args:
         source: a file written by `export`.
         destination: the file to write, atomically.
-        calibration: (N, H, W, C) uint8; activations' ranges come from these images alone.
-        method: how a range is chosen from what was seen: all of it, least KL divergence, or 99.999 %.
-        activations: "uint8" with a zero point, or "int8" symmetric (what TensorRT and some NPUs want).
-        reduce_range: 7-bit weights, for CPUs whose 8-bit products saturate (x86 without VNNI).
+        calibration: (N, H, W, C) uint8; activations' ranges come from these images alone, seen in batches of 4.
+        method: what of the values seen a range keeps: "minmax" all, "entropy" the least KL divergence,
+            "percentile" 99.999 %.
+        activations: "uint8" with a zero point (fast on x86), or "int8" symmetric (Arm, TensorRT, NPUs).
+        reduce_range: 7-bit weights, for x86 without VNNI, whose 16-bit sums of 8-bit products saturate.
         per_channel: one weight scale an output channel.
-        op_types: kinds of nodes that may compute in int8.
+        op_types: kinds of nodes that may compute in int8; by default `WEIGHTED` for networks with layer norms
+            (transformers, ConvNeXt), whose other nodes gain nothing and lose accuracy, and `ALL` for the rest.
         exclude: names of nodes that stay in float32.
 
     Returns:
         `destination`.
 
     Raises:
-        ExportError: unusable calibration images, or the quantizer failed.
+        ExportError: an unknown setting or node name, unusable calibration images, or the quantizer failed.
     """
     source, destination = Path(source), Path(destination)
     proto = read_onnx(source)
+    _check_settings(proto, method, activations, exclude)
     check_calibration(calibration, proto)
+    kinds = tuple(op_types) if op_types is not None else (WEIGHTED if has_layer_norms(proto) else ALL)
+    signed = activations == "int8"
+    options = {
+        "ActivationSymmetric": signed,
+        "WeightSymmetric": True,
+        "MatMulConstBOnly": True,
+        "OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm"],
+    }
     with tempfile.TemporaryDirectory(prefix="cveff-quantize-") as folder, _quiet():
         try:
             prepared = _prepare(proto, Path(folder))
-            ranges = _ranges(prepared, Path(folder), calibration, method, op_types)
+            # The nodes' names are known only now: preparing merges some nodes and adds others.
+            skipped = [*exclude, *preprocessing_nodes(onnx.load(prepared))]
+            ranges = _ranges(prepared, Path(folder), calibration, method, kinds)
             quantized = _quantize(
-                onnx.load(prepared), ranges, activations, reduce_range, per_channel, op_types,
-                [*exclude, *preprocessing_nodes(proto)],
-            )  # fmt: skip
-        except Exception as error:  # noqa: BLE001  (whatever the quantizer raises is named and chained)
-            raise ExportError(f"{source} cannot be quantized by ONNX Runtime: {_reason(error)}") from error
-    quantized.metadata_props.extend(proto.metadata_props)
+                prepared, ranges, signed, reduce_range, per_channel, kinds, skipped, options
+            )
+        except Exception as error:
+            raise ExportError(
+                f"{source} cannot be quantized by ONNX Runtime: {type(error).__name__}: {first_line(error)}"
+            ) from error
+    if not any(node.op_type == "QuantizeLinear" for node in quantized.graph.node):
+        raise ExportError(
+            f"{source} has no node of kinds {', '.join(kinds)} left to quantize; nothing was written"
+        )
+    _copy_metadata(proto, quantized)
     with atomic_path(destination) as temporary:
-        temporary.write_bytes(quantized.SerializeToString())
+        temporary.write_bytes(quantized.SerializeToString(deterministic=True))
     return destination
 
 
-def read_onnx(path: Path) -> onnx.ModelProto:
-    """Read an ONNX file.
-
-    Raises:
-        ExportError: it does not exist or is not one.
-    """
-    from google.protobuf.message import DecodeError
-
-    if not path.is_file():
-        raise ExportError(f"{path} does not exist; export the model first")
-    try:
-        proto = onnx.load(path)
-    except (DecodeError, OSError, onnx.checker.ValidationError) as error:
-        raise ExportError(f"{path} is not an ONNX file ({_reason(error)}); export the model again") from error
-    if len(proto.graph.input) != 1:
-        raise ExportError(f"{path} has {len(proto.graph.input)} inputs; one, of uint8 images, is expected")
-    return proto
-
-
-def preprocessing_nodes(proto: onnx.ModelProto) -> list[str]:
-    """Names of the nodes between the input and the first weighted layer: int8 would only round the pixels twice."""
-    from_input = {item.name for item in proto.graph.input}
-    names = []
-    for node in proto.graph.node:
-        if node.op_type in ("Transpose", "Cast", "Sub", "Mul", "Add") and any(name in from_input for name in node.input):
-            names.append(node.name)
-            from_input.update(node.output)
-    return names
+def _check_settings(proto: onnx.ModelProto, method: str, activations: str, exclude: Sequence[str]) -> None:
+    if method not in get_args(Method):
+        raise ExportError(
+            f"calibration method {method!r} is unknown; use one of {', '.join(get_args(Method))}"
+        )
+    if activations not in get_args(Activations):
+        raise ExportError(f"activations are {activations!r}; use one of {', '.join(get_args(Activations))}")
+    unknown = sorted(set(exclude) - {node.name for node in proto.graph.node})
+    if unknown:
+        raise ExportError(
+            f"nodes to exclude are not in the graph: {', '.join(unknown[:3])}; give names of its nodes"
+        )
 
 
 def _prepare(proto: onnx.ModelProto, folder: Path) -> Path:
+    """Infer shapes (a tensor of unknown shape is not quantized) and let ONNX Runtime fold what it can."""
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     source, prepared = folder / "source.onnx", folder / "prepared.onnx"
     onnx.save(proto, source)
-    quant_pre_process(source, prepared, skip_optimization=False, auto_merge=True)
+    quant_pre_process(source, prepared, auto_merge=True)
     return prepared
 
 
-def _ranges(prepared: Path, folder: Path, images: np.ndarray, method: Method, op_types: Sequence[str]) -> Any:
+def _ranges(prepared: Path, folder: Path, images: np.ndarray, method: Method, kinds: Sequence[str]) -> Any:
     from onnxruntime.quantization import CalibrationMethod
     from onnxruntime.quantization.calibrate import CalibrationDataReader, create_calibrator
 
-    class OneBatch(CalibrationDataReader):
+    class OneBatch(CalibrationDataReader):  # type: ignore[misc, unused-ignore]
         def __init__(self, batch: np.ndarray) -> None:
-            self.feeds: list[dict[str, np.ndarray]] = [{"images": batch}]
+            self.feeds = [{"images": batch}]
 
-        def get_next(self) -> dict[str, np.ndarray] | None:  # type: ignore[override]
+        def get_next(self) -> dict[str, np.ndarray] | None:  # type: ignore[override, unused-ignore]
             return self.feeds.pop() if self.feeds else None
 
     methods = {
@@ -128,9 +146,13 @@ def _ranges(prepared: Path, folder: Path, images: np.ndarray, method: Method, op
         "percentile": CalibrationMethod.Percentile,
     }
     calibrator = create_calibrator(
-        prepared, list(op_types), str(folder / "augmented.onnx"), calibrate_method=methods[method],
+        prepared,
+        list(kinds),
+        str(folder / "augmented.onnx"),
+        calibrate_method=methods[method],
+        # The percentile method is symmetric by default, which gives half of a ReLU's codes to negative values.
         extra_options={"symmetric": False},
-    )  # fmt: skip
+    )
     # One call a batch: the calibrator keeps every activation of a call in memory until the call ends.
     for batch in batches(images):
         calibrator.collect_data(OneBatch(batch))
@@ -138,38 +160,51 @@ def _ranges(prepared: Path, folder: Path, images: np.ndarray, method: Method, op
 
 
 def _quantize(
-    proto: onnx.ModelProto,
+    prepared: Path,
     ranges: Any,
-    activations: str,
+    signed: bool,
     reduce_range: bool,
     per_channel: bool,
-    op_types: Sequence[str],
+    kinds: Sequence[str],
     exclude: Sequence[str],
+    options: Mapping[str, Any],
 ) -> onnx.ModelProto:
     from onnxruntime.quantization import QuantType
     from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
+    from onnxruntime.quantization.quant_utils import load_model_with_shape_infer
 
-    signed = activations == "int8"
     quantizer = QDQQuantizer(
-        proto, per_channel, reduce_range, QuantType.QInt8, QuantType.QInt8 if signed else QuantType.QUInt8,
-        ranges, [], list(exclude), list(op_types), {"ActivationSymmetric": signed, "WeightSymmetric": True},
-    )  # fmt: skip
+        load_model_with_shape_infer(prepared),
+        per_channel,
+        reduce_range,
+        QuantType.QInt8,
+        QuantType.QInt8 if signed else QuantType.QUInt8,
+        ranges,
+        [],
+        list(exclude),
+        list(kinds),
+        dict(options),
+    )
     quantizer.quantize_model()
-    quantizer.model.topological_sort()  # ONNX asks for it; the quantizer appends its nodes at the end
-    return quantizer.model.model
+    quantized: onnx.ModelProto = quantizer.model.model
+    return quantized
+
+
+def _copy_metadata(source: onnx.ModelProto, destination: onnx.ModelProto) -> None:
+    del destination.metadata_props[:]
+    destination.metadata_props.extend(source.metadata_props)
+    destination.producer_name, destination.producer_version = source.producer_name, source.producer_version
+    destination.graph.name = source.graph.name
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
+    """The quantizer logs to the root logger and prints its progress on standard output."""
     root = logging.getLogger()
     level = root.level
     root.setLevel(logging.ERROR)
     try:
-        yield
+        with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
+            yield
     finally:
         root.setLevel(level)
-
-
-def _reason(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines()]
-    return f"{type(error).__name__}: {next((line for line in lines if line), 'no message')}"

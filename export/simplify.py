@@ -26,7 +26,7 @@ def simplify(proto: onnx.ModelProto) -> onnx.ModelProto:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             simplified = onnxslim.slim(original)
-    except Exception as error:  # noqa: BLE001  (whatever onnxslim raises is named and chained)
+    except Exception as error:
         raise ExportError(f"onnxslim cannot simplify the graph: {type(error).__name__}: {error}") from error
     fold_scale(simplified)
     return simplified
@@ -53,7 +53,9 @@ def fold_scale(proto: onnx.ModelProto) -> bool:
         return False
     for node in convolutions:
         weight = constants[node.input[1]]
-        values = numpy_helper.to_array(weight).astype(np.float64) * scale.astype(np.float64)[None, :, None, None]
+        values = (
+            numpy_helper.to_array(weight).astype(np.float64) * scale.astype(np.float64)[None, :, None, None]
+        )
         weight.CopyFrom(numpy_helper.from_array(values.astype(np.float32), weight.name))
     for reader in readers[scaling.output[0]]:
         for index, name in enumerate(reader.input):
