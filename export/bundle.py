@@ -36,16 +36,23 @@ _RUN_PY = '''\
 """Classify images with this bundle: python run.py IMAGE_OR_FOLDER... (--help lists the options)."""
 
 import sys
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 if sys.version_info < (3, 11):
     sys.exit("this bundle needs Python 3.11 or newer")
 sys.dont_write_bytecode = True  # the bundle stays as it was hashed, and may lie on a read-only disk
 
+# By its path, so that it is this folder's `runtime` under any setting of Python's search path.
+folder = Path(__file__).resolve().parent / "runtime"
+spec = spec_from_file_location("runtime", folder / "__init__.py", submodule_search_locations=[str(folder)])
+sys.modules["runtime"] = module_from_spec(spec)
+spec.loader.exec_module(sys.modules["runtime"])
+
 from runtime.run import main  # noqa: E402
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:], bundle=Path(__file__).parent))
+    sys.exit(main(sys.argv[1:], bundle=folder.parent))
 '''
 
 

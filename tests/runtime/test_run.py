@@ -58,6 +58,16 @@ def test_a_folder_from_any_directory_leaves_the_bundle_as_it_was(
     assert listing(tiny_bundle) == before
 
 
+def test_another_package_of_that_name_does_not_get_in_the_way(
+    tiny_bundle: Path, photos: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "other" / "runtime").mkdir(parents=True)
+    (tmp_path / "other" / "runtime" / "__init__.py").write_text("raise SystemExit('the wrong package')")
+    for settings in ({"PYTHONPATH": str(tmp_path / "other")}, {"PYTHONSAFEPATH": "1"}):
+        result = script(tiny_bundle, photos / "a.png", env={**os.environ, **settings}, cwd=tmp_path / "other")
+        assert (result.returncode, result.stderr) == (0, "")
+
+
 def test_the_answers_are_the_engines(tiny_bundle: Path, photos: Path) -> None:
     document = json.loads(script(tiny_bundle, photos, "--json", "--batch-size", 3).stdout)
     with cveff.runtime.open(tiny_bundle) as engine:
