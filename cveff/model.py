@@ -290,14 +290,28 @@ def _build_for_size(
     if size is not None and "img_size" not in arguments:
         sized = {**arguments, "img_size": list(size)}
         try:
-            return timm.create_model(architecture, pretrained=pretrained, **sized), sized
+            return _create(architecture, sized, pretrained), sized
         except TypeError as error:
             if "img_size" not in str(error):
                 raise CveffError(f"{architecture} does not take these arguments: {error}") from error
     try:
-        return timm.create_model(architecture, pretrained=pretrained, **arguments), arguments
+        return _create(architecture, arguments, pretrained), arguments
     except TypeError as error:
         raise CveffError(f"{architecture} does not take these arguments: {error}") from error
+
+
+def _create(architecture: str, arguments: Mapping[str, Any], pretrained: bool) -> nn.Module:
+    """timm's `create_model`, with one clear error where its weights cannot be had."""
+    try:
+        module: nn.Module = timm.create_model(architecture, pretrained=pretrained, **arguments)
+    except (OSError, RuntimeError, ValueError) as error:
+        if not pretrained:
+            raise
+        raise CheckpointError(
+            f"pretrained weights of {architecture} cannot be had ({_first_line(error)}); check the network, "
+            "give a file with weights=…, or train without pretrained"
+        ) from error
+    return module
 
 
 def _input_spec(config: Mapping[str, Any], size: tuple[int, int] | None, channels: int) -> InputSpec:

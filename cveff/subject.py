@@ -113,11 +113,16 @@ def read_labels(path: Path) -> tuple[str, ...]:
 
 def _num_classes(architecture: str, weights: Path) -> int | None:
     """Rows of the classifier in a state dict; None where the architecture's classifier is not in it."""
-    config = timm.get_pretrained_cfg(architecture)
-    names = getattr(config, "classifier", None) or ()
+    import torch
+
+    with torch.device("meta"):  # only the names of its parts are needed
+        module = timm.create_model(architecture)
+    classifier = module.get_classifier()
+    if isinstance(classifier, tuple):  # distilled models have two heads of one size
+        classifier = classifier[0]
     state = read_state(weights)
-    for name in (names,) if isinstance(names, str) else tuple(names):
-        for tensor in (f"{name}.weight", f"{name}.bias"):
-            if tensor in state:
-                return int(state[tensor].shape[0])
+    for name, child in module.named_modules():
+        if child is classifier:
+            found = state.get(f"{name}.weight", state.get(f"{name}.bias"))
+            return None if found is None else int(found.shape[0])
     return None

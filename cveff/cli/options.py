@@ -84,14 +84,17 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[obje
     """Print a table on stdout; "–" stands for None."""
     from rich import box
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
-    console = Console()
-    table = Table(*columns, title=title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for row in rows:
-        table.add_row(*("–" if cell is None else str(cell) for cell in row))
     # A pipe has no width; cutting cells at 80 columns would lose text there.
-    console.print(table, width=None if console.is_terminal else 200)
+    console = Console(width=None if Console().is_terminal else 200)
+    table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*("–" if cell is None else escape(str(cell)) for cell in row))
+    console.print(table)
 
 
 def percent(share: float | None) -> str | None:

@@ -89,6 +89,13 @@ def test_a_wrong_command_line_says_how_to_call_it(words, expected, capsys) -> No
     assert "--help" in err
 
 
+def test_pretrained_weights_that_do_not_exist(capsys, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ("deploy", "small_resnet_s", "--data", "digits", "--pretrained")
+    assert "pretrained weights of small_resnet_s cannot be had" in _fails(capsys, *words)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_labels_files(capsys, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     twice = tmp_path / "labels.txt"
