@@ -8,33 +8,40 @@ from typing import Any
 import onnx
 
 import cveff
+from cveff.measure.onnx_modules import read_modules, write_modules
 from cveff.model import ModelSpec
 
 
-def write_metadata(proto: onnx.ModelProto, spec: ModelSpec) -> None:
+def write_metadata(proto: onnx.ModelProto, spec: ModelSpec, unsimplified: str | None = None) -> None:
     """Put version, architecture, task, input and labels into `proto`, in place, and remove the exporter's notes.
 
     The exporter records the Python source lines of every node: they would leak the paths of the machine that
-    exported, and on a small model outweigh the graph.
+    exported, and on a small model outweigh the graph. Of each node only the PyTorch module it came from stays,
+    so that a difference found in the file can be named in the network.
+
+    Args:
+        unsimplified: why the graph was not simplified; None where it was.
     """
+    modules = read_modules(proto)
     for item in (*proto.graph.node, *proto.graph.initializer, *proto.graph.value_info, proto.graph):
         del item.metadata_props[:]
         item.doc_string = ""
     for item in (*proto.graph.input, *proto.graph.output):
         del item.metadata_props[:]
+    write_modules(proto, modules)
     proto.producer_name, proto.producer_version = "cveff", cveff.__version__
     proto.doc_string = ""
     proto.graph.name = spec.architecture
-    onnx.helper.set_model_props(
-        proto,
-        {
-            "cveff_version": cveff.__version__,
-            "architecture": spec.architecture,
-            "task": spec.task,
-            "input": json.dumps(spec.input.to_json()),
-            "labels": json.dumps(list(spec.labels), ensure_ascii=False),
-        },
-    )
+    values = {
+        "cveff_version": cveff.__version__,
+        "architecture": spec.architecture,
+        "task": spec.task,
+        "input": json.dumps(spec.input.to_json()),
+        "labels": json.dumps(list(spec.labels), ensure_ascii=False),
+    }
+    if unsimplified is not None:
+        values["unsimplified"] = unsimplified
+    onnx.helper.set_model_props(proto, values)
 
 
 def read_metadata(proto: onnx.ModelProto) -> dict[str, Any]:
