@@ -12,8 +12,8 @@ from cveff.errors import CveffError
 from cveff.export.build_candidates import ONNX
 from cveff.export.candidates import Candidate
 from cveff.export.deploy_checks import Images
-from cveff.export.report import Evidence, Sample
 from cveff.export.report_plots import Bar
+from cveff.export.report_sections import Evidence, Sample
 from cveff.export.scoring import REFERENCE, Scores, first_images
 from cveff.measure.accuracy import confusion
 from cveff.measure.onnx_parity import layer_parity

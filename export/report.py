@@ -5,66 +5,27 @@ Every string that a user, a file or an engine could have written goes through `e
 
 from __future__ import annotations
 
-import base64
-import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from string import Template
 from typing import Any
 
-import numpy as np
-from PIL import Image
-
-from cveff.export.report_plots import Bar, Point, Standing, accuracy_latency, confusion_matrix, layer_bars
-
-MAX_MATRIX_CLASSES = 30
-"""Past this many classes the matrix is unreadable and the most confused pairs are listed instead."""
-MAX_BARS = 60
-THUMBNAIL = 128
+from cveff.export.report_plots import Point, Standing, accuracy_latency
+from cveff.export.report_sections import (
+    Evidence,
+    bytes_text,
+    confusion_section,
+    html_section,
+    html_table,
+    layers_section,
+    lines_section,
+    percent,
+    samples_section,
+)
 
 _TEMPLATE = Path(__file__).with_name("report.html")
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One prediction of the deployed model.
-
-    Attributes:
-        image: (H, W, C) uint8, what the model saw.
-        predicted: label, with `probability` in 0..1.
-        truth: label, or None where there are no labels.
-        reference: what the original module predicts.
-    """
-
-    image: np.ndarray
-    predicted: str
-    probability: float
-    truth: str | None
-    reference: str
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """What the report shows beyond the manifest.
-
-    Attributes:
-        confusion: (classes, classes) int, rows true; None without labels.
-        samples: predictions to show, wrong ones first.
-        layers: relative difference of each layer, in execution order.
-        layers_title: which two graphs `layers` compares.
-        data: (what, value) lines on the data.
-        warnings: what a reader must know before trusting the figures.
-    """
-
-    confusion: np.ndarray | None = None
-    samples: Sequence[Sample] = ()
-    layers: Sequence[Bar] = ()
-    layers_title: str = ""
-    data: Sequence[tuple[str, str]] = ()
-    warnings: Sequence[str] = field(default_factory=tuple)
 
 
 def render(manifest: Mapping[str, Any], evidence: Evidence | None = None) -> str:
@@ -81,10 +42,10 @@ def render(manifest: Mapping[str, Any], evidence: Evidence | None = None) -> str
     sections = [
         _warnings(evidence.warnings),
         _candidates(manifest),
-        _layers(evidence),
-        _confusion(evidence.confusion, manifest["labels"]),
-        _samples(evidence.samples),
-        _lines("Data", evidence.data),
+        layers_section(evidence),
+        confusion_section(evidence.confusion, manifest["labels"]),
+        samples_section(evidence.samples),
+        lines_section("Data", evidence.data),
         _use(manifest),
         _origin(manifest),
     ]
@@ -115,14 +76,14 @@ def _figures(manifest: Mapping[str, Any]) -> str:
         cards.append(
             (
                 "Accuracy",
-                _percent(accuracy["deployed"]),
+                percent(accuracy["deployed"]),
                 f"{points:+.2f} points against PyTorch, {images['count']:,} {images['split']} images",
             )
         )
     cards.append(
         (
             "Same answer as PyTorch",
-            _percent(metrics["agreement"]),
+            percent(metrics["agreement"]),
             f"of {images['count']:,} {images['split']} images",
         )
     )
@@ -136,10 +97,10 @@ def _figures(manifest: Mapping[str, Any]) -> str:
         )
     )
     cards.append(
-        ("Model files", _bytes(metrics["size_bytes"]), f"{manifest['model']['parameters']:,} parameters")
+        ("Model files", bytes_text(metrics["size_bytes"]), f"{manifest['model']['parameters']:,} parameters")
     )
     if metrics.get("peak_rss_bytes") is not None:
-        cards.append(("Peak memory", _bytes(metrics["peak_rss_bytes"]), "resident, fresh process"))
+        cards.append(("Peak memory", bytes_text(metrics["peak_rss_bytes"]), "resident, fresh process"))
     items = "".join(
         f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd><dd>{escape(note)}</dd></div>"
         for name, value, note in cards
@@ -150,7 +111,7 @@ def _figures(manifest: Mapping[str, Any]) -> str:
 def _warnings(warnings: Sequence[str]) -> str:
     if not warnings:
         return ""
-    return _section(
+    return html_section(
         "Know this first", "".join(f'<p class="warning">{escape(warning)}</p>' for warning in warnings)
     )
 
@@ -196,7 +157,7 @@ def _candidates(manifest: Mapping[str, Any]) -> str:
         '<th class="number">Accuracy</th><th class="number">Agreement</th><th class="number">Time</th>'
         f'<th class="number">Size</th><th>Decision</th></tr></thead><tbody>{rows}</tbody></table></div>'
     )
-    return _section("What was tried", plot + table + _batches(manifest))
+    return html_section("What was tried", plot + table + _batches(manifest))
 
 
 def _standing(entry: Mapping[str, Any]) -> Standing:
@@ -207,21 +168,19 @@ def _standing(entry: Mapping[str, Any]) -> Standing:
 
 def _candidate_row(entry: Mapping[str, Any], standing: Standing) -> str:
     time = "–" if entry["latency_ms"] is None else f"{entry['latency_ms']:.3g} ms"
-    size = _bytes(entry["size_bytes"]) if entry.get("size_bytes") else "–"
-    verdict = {"chosen": "chosen", "kept": "kept to the limits", "rejected": "rejected", "reference": ""}[
-        standing
-    ]
+    size = bytes_text(entry["size_bytes"]) if entry.get("size_bytes") else "–"
+    verdict = {"chosen": "chosen", "kept": "not chosen", "rejected": "rejected", "reference": ""}[standing]
     why = escape(entry["why"])
     gap = entry.get("meaning_gap")
     if gap:
         why += escape(
             " The engine's answers equal those of the file computed as written on "
-            f"{_percent(gap['agreement'])} of {gap['images']} images."
+            f"{percent(gap['agreement'])} of {gap['images']} images."
         )
     return (
         f'<tr class="{standing}"><th scope="row">{escape(entry["engine"])} {escape(entry["precision"])}</th>'
-        f'<td class="number">{_percent(entry["accuracy"])}</td>'
-        f'<td class="number">{_percent(entry.get("agreement"))}</td>'
+        f'<td class="number">{percent(entry["accuracy"])}</td>'
+        f'<td class="number">{percent(entry.get("agreement"))}</td>'
         f'<td class="number">{time}</td><td class="number">{size}</td>'
         f'<td class="why">{verdict}: {why}</td></tr>'
     )
@@ -246,86 +205,6 @@ def _batches(manifest: Mapping[str, Any]) -> str:
     )
 
 
-def _layers(evidence: Evidence) -> str:
-    if not evidence.layers:
-        return ""
-    layers = evidence.layers
-    note = ""
-    if len(layers) > MAX_BARS:
-        worst = sorted(range(len(layers)), key=lambda index: -layers[index].value)[:MAX_BARS]
-        layers = [layers[index] for index in sorted(worst)]
-        note = f"The {MAX_BARS} largest of {len(evidence.layers)} layers, in execution order."
-        note = f'<p class="note">{note}</p>'
-    plot = layer_bars(layers, "Relative difference of each layer")
-    return _section("Layer by layer", f"<p>{escape(evidence.layers_title)}</p>{note}{plot}")
-
-
-def _confusion(counts: np.ndarray | None, labels: Sequence[str]) -> str:
-    if counts is None:
-        return ""
-    body = confusion_matrix(counts, labels) if len(labels) <= MAX_MATRIX_CLASSES else ""
-    wrong = counts.copy()
-    np.fill_diagonal(wrong, 0)
-    order = np.argsort(-wrong, axis=None, kind="stable")[:12]
-    pairs = [
-        (*np.unravel_index(index, wrong.shape), int(wrong.flat[index]))
-        for index in order
-        if wrong.flat[index]
-    ]
-    rows = "".join(
-        f'<tr><td>{escape(labels[row])}</td><td>{escape(labels[column])}</td><td class="number">{count} of '
-        f"{int(counts[row].sum())}</td></tr>"
-        for row, column, count in pairs
-    )
-    if rows:
-        body += (
-            '<div class="scroll"><table><caption>Most frequent mistakes</caption>'
-            '<thead><tr><th>True</th><th>Predicted</th><th class="number">Images</th></tr></thead>'
-            f"<tbody>{rows}</tbody></table></div>"
-        )
-    else:
-        body += "<p>No mistakes on these images.</p>"
-    return _section("Where it errs", body)
-
-
-def _samples(samples: Sequence[Sample]) -> str:
-    items = []
-    for sample in samples:
-        uri, small = _picture(sample.image)
-        caption = f"{escape(sample.predicted)} {_percent(sample.probability, 0)}"
-        if sample.truth is not None and sample.truth != sample.predicted:
-            caption = f'<span class="miss">✗ {caption}</span><br>true: {escape(sample.truth)}'
-        elif sample.truth is not None:
-            caption = f"✓ {caption}"
-        if sample.reference != sample.predicted:
-            caption += f"<br>PyTorch: {escape(sample.reference)}"
-        css = ' class="small"' if small else ""
-        alt = f"image predicted as {sample.predicted}"
-        items.append(
-            f'<li><figure><img{css} src="{uri}" alt="{escape(alt)}">'
-            f"<figcaption>{caption}</figcaption></figure></li>"
-        )
-    return (
-        _section("Predictions of the deployed file", f'<ul class="samples">{"".join(items)}</ul>')
-        if items
-        else ""
-    )
-
-
-def _picture(image: np.ndarray) -> tuple[str, bool]:
-    """A data URI and whether the picture is so small that pixels should stay visible."""
-    picture = Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
-    small = max(picture.size) <= 64
-    picture.thumbnail((THUMBNAIL, THUMBNAIL))
-    stream = io.BytesIO()
-    if small:
-        picture.save(stream, "PNG", optimize=True)
-    else:
-        picture.save(stream, "JPEG", quality=82)
-    kind = "png" if small else "jpeg"
-    return f"data:image/{kind};base64,{base64.b64encode(stream.getvalue()).decode('ascii')}", small
-
-
 def _use(manifest: Mapping[str, Any]) -> str:
     command = "pip install -r requirements.txt\npython run.py IMAGE_OR_FOLDER"
     python = (
@@ -339,10 +218,10 @@ def _use(manifest: Mapping[str, Any]) -> str:
         ("Threads", str(engine["threads"])),
         ("Options", json.dumps(engine.get("options", {}))),
     ]
-    return _section(
+    return html_section(
         "Use it",
         f"<p>Without PyTorch and without cveff, in the bundle's folder:</p><pre>{escape(command)}</pre>"
-        f"<p>From Python:</p><pre>{escape(python)}</pre>{_table(rows)}",
+        f"<p>From Python:</p><pre>{escape(python)}</pre>{html_table(rows)}",
     )
 
 
@@ -360,34 +239,8 @@ def _origin(manifest: Mapping[str, Any]) -> str:
         if isinstance(value, Mapping) and all(
             not isinstance(item, (Mapping, list)) for item in value.values()
         ):
-            body = _table([(str(name), str(item)) for name, item in value.items()])
+            body = html_table([(str(name), str(item)) for name, item in value.items()])
         else:
             body = f"<pre>{escape(json.dumps(value, indent=2, ensure_ascii=False))}</pre>"
         parts.append(f"<details><summary>{title}</summary>{body}</details>")
-    return _section("How it was made", "".join(parts)) if parts else ""
-
-
-def _lines(title: str, lines: Iterable[tuple[str, str]]) -> str:
-    rows = list(lines)
-    return _section(title, _table(rows)) if rows else ""
-
-
-def _table(rows: Iterable[tuple[str, str]]) -> str:
-    body = "".join(
-        f'<tr><th scope="row">{escape(name)}</th><td>{escape(value)}</td></tr>' for name, value in rows
-    )
-    return f'<div class="scroll"><table><tbody>{body}</tbody></table></div>'
-
-
-def _section(title: str, body: str) -> str:
-    return f"<section><h2>{escape(title)}</h2>{body}</section>"
-
-
-def _percent(share: float | None, digits: int = 2) -> str:
-    return "–" if share is None else f"{100 * share:.{digits}f}%"
-
-
-def _bytes(count: int) -> str:
-    if count < 1_000_000:
-        return f"{count / 1000:.1f} kB"
-    return f"{count / 1_000_000:.1f} MB"
+    return html_section("How it was made", "".join(parts)) if parts else ""

@@ -90,12 +90,13 @@ def layer_bars(bars: Sequence[Bar], description: str) -> str:
     """Horizontal bars of relative differences on a logarithmic scale, in the given (execution) order."""
     row, left, width = 18, 250, 760
     height = row * len(bars) + 40
-    values = [max(bar.value, 1e-8) for bar in bars]
+    # Infinite where one side overflowed: such a bar is as long as the axis.
+    values = [min(max(bar.value, 1e-8), 1e3) for bar in bars]
     low = math.floor(math.log10(min(values)))
     high = max(low + 1, math.ceil(math.log10(max(values))))
 
     def x_position(value: float) -> float:
-        return left + (math.log10(max(value, 10.0**low)) - low) / (high - low) * (width - left - 60)
+        return left + (math.log10(min(max(value, 10.0**low), 10.0**high)) - low) / (high - low) * (width - left - 60)
 
     parts = []
     for power in range(low, high + 1):
@@ -124,7 +125,8 @@ def confusion_matrix(counts: np.ndarray, labels: Sequence[str]) -> str:
     """
     classes = len(labels)
     cell = max(14, min(40, 560 // classes))
-    left, top = 130, 96
+    longest = max(len(_short(label)) for label in labels)
+    left, top = 24 + 7 * longest, 24 + int(5.6 * longest)
     size = cell * classes
     totals = np.maximum(counts.sum(axis=1, keepdims=True), 1)
     shares = counts / totals
