@@ -16,7 +16,7 @@ DEMO_fashion-mnist := --epochs 8
 .PHONY: demo test check format lint types docs clean
 
 demo: $(VENV)/demo.done
-	$(BIN)/cveff train model_zoo/recipes/$(DATA).toml --out runs/demo-$(DATA) $(DEMO_$(DATA)) --bundle $(BUNDLE)
+	$(BIN)/cveff train model_zoo/recipes/$(DATA).toml --out runs/demo-$(DATA) $(DEMO_$(DATA)) --overwrite --set deploy.out=$(BUNDLE)
 	$(BIN)/python tools/sample_images.py $(DATA) runs/demo-$(DATA)/images
 	test -x $(RUN_VENV)/bin/python || $(PYTHON) -m venv $(RUN_VENV)
 	$(RUN_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r $(BUNDLE)/requirements.txt

@@ -326,7 +326,8 @@ def _input_spec(config: Mapping[str, Any], size: tuple[int, int] | None, channel
         mean=tuple(mean),
         std=tuple(std),
         interpolation=interpolation if interpolation in ("bilinear", "bicubic", "nearest") else "bicubic",
-        crop=float(config.get("crop_pct", 0.875)),
+        crop=float(config.get("crop_pct") or 0.875),
+        crop_mode=config.get("crop_mode") or "center",
     )
 
 

@@ -1,0 +1,163 @@
+"""Write the README's measured tables and its picture from the committed results, so that no figure is typed by hand.
+
+    python tools/readme_tables.py            # rewrite what stands between the markers, and docs/images/engines.svg
+    python tools/readme_tables.py --check    # exit 1 if the README says something else than the results
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from cveff.files import atomic_path, write_text
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+RESULTS = ROOT / "model_zoo" / "results"
+PICTURE = ROOT / "docs" / "images" / "engines.svg"
+PEERS = ("ONNX Runtime fp32", "ONNX Runtime int8", "OpenVINO", "OpenVINO f32", "NNCF int8")
+OURS = "cveff deploy"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--check", action="store_true", help="change nothing, fail where the README is stale")
+    arguments = parser.parse_args()
+    text = README.read_text(encoding="utf-8")
+    written = filled(text)
+    if arguments.check:
+        sys.exit(0 if written == text else "README.md differs from model_zoo/results: run tools/readme_tables.py")
+    write_text(README, written)
+    draw(result("engines"), PICTURE)
+
+
+def filled(text: str) -> str:
+    """`text` with every `<!-- table:NAME -->` block made anew."""
+    for name, make in TABLES.items():
+        block = re.compile(rf"(<!-- table:{name} -->\n).*?(<!-- /table -->)", re.DOTALL)
+        if not block.search(text):
+            raise SystemExit(f"README.md has no block <!-- table:{name} -->")
+        table = make(result(name))
+        text = block.sub(lambda match, table=table: match[1] + table + match[2], text)
+    return text
+
+
+def result(name: str) -> dict[str, Any]:
+    """A committed result by name."""
+    values: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    return values
+
+
+def fashion_mnist(values: dict[str, Any]) -> str:
+    rows = []
+    for name, model in values["models"].items():
+        first = next(iter(model["seeds"].values()))
+        single = first["latency"]["1"]
+        accuracy, loss = model["int8_accuracy"], model["loss_points"]
+        rows.append(
+            [
+                name,
+                f"{model['parameters']:,}",
+                f"{100 * accuracy['mean']:.2f}%"
+                + (f" ± {50 * accuracy['spread']:.2f}" if model["runs"] > 1 else ""),
+                f"{100 * model['fp32_accuracy']['mean']:.2f}%",
+                f"{loss['largest']:+.2f}",
+                f"{first['int8_bytes'] / 1000:.0f} kB",
+                f"{single['int8']['median_ms']:.3f} ms",
+                f"{single['torch']['median_ms']:.2f} ms",
+            ]
+        )
+    header = ["model", "parameters", "int8 file", "fp32 module", "most lost", "int8 size", "int8", "PyTorch"]
+    return _markdown(header, rows)
+
+
+def engines(values: dict[str, Any]) -> str:
+    rows = []
+    for name, by_batch in values["cells"].items():
+        for batch, cell in by_batch.items():
+            latency = cell["latency_ms"]
+            best = min(PEERS, key=lambda peer: latency[peer]["median"])
+            times = [
+                f"**{latency[peer]['median']:.2f}**" if peer == best else f"{latency[peer]['median']:.2f}"
+                for peer in PEERS
+            ]
+            chosen = f"{cell['chosen']['engine']} {cell['chosen']['precision']}"
+            ours = f"**{latency[OURS]['median']:.2f}**"
+            rows.append([f"{name} / {batch}", *times, ours, chosen, f"{cell['best_peer_over_cveff']:.2f}"])
+    return _markdown(["model / batch", *PEERS, "cveff", "it chose", "best peer / cveff"], rows)
+
+
+def lite0(values: dict[str, Any]) -> str:
+    rows = [
+        [name, f"{100 * row['agreement']:.1f}%", f"{row['cosine']:.3f}", str(row["crops"])]
+        for name, row in sorted(values["rows"].items(), key=lambda item: -item[1]["agreement"])
+    ]
+    return _markdown(["int8 file", "same top-1 as fp32", "cosine of logits", "crops"], rows)
+
+
+def startup(values: dict[str, Any]) -> str:
+    rows = []
+    for name, item in values["measured"].items():
+        bar = values["bars"][name.split()[0]]
+        memory = f"{item['peak_rss_mb']:.0f} MB" if "peak_rss_mb" in item else "–"
+        what = {"import": "`import cveff`", "help": "`cveff --help`"}.get(name, f"first prediction, {name}")
+        rows.append([what, f"{item['seconds']['median']:.2f} s", f"{bar} s", memory])
+    return _markdown(["fresh process", "median", "limit", "peak memory"], rows)
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "fashion_mnist": fashion_mnist,
+    "engines": engines,
+    "lite0": lite0,
+    "startup": startup,
+}
+
+
+def draw(values: dict[str, Any], path: Path) -> None:
+    """One row a model and batch: every tool's time as a multiple of the shipped bundle's."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    matplotlib.rcParams["svg.hashsalt"] = "cveff"
+    labels, points = [], {peer: [] for peer in PEERS}
+    for name, by_batch in values["cells"].items():
+        for batch, cell in by_batch.items():
+            labels.append(f"{name}, batch {batch}")
+            for peer in PEERS:
+                points[peer].append(cell["ratio"][peer]["median"])
+    figure, axes = pyplot.subplots(figsize=(9, 0.36 * len(labels) + 1.3))
+    rows = range(len(labels))
+    for peer, marker, colour in zip(PEERS, "osD^v", ("#1f77b4", "#ff7f0e", "#9467bd", "#8c564b", "#2ca02c"), strict=True):
+        axes.scatter(points[peer], rows, marker=marker, s=34, color=colour, label=peer, zorder=3, alpha=0.85)
+    axes.axvline(1, color="black", linewidth=1.5)
+    axes.annotate(
+        "the bundle cveff ships", (1, -0.9), xytext=(4, 0), textcoords="offset points", fontsize=9, annotation_clip=False
+    )
+    axes.set_xscale("log", base=2)
+    ticks = [tick for tick in (0.5, 1, 2, 4, 8, 16, 32) if tick <= 1.1 * max(map(max, points.values()))]
+    axes.set_xticks(ticks, [f"{tick:g}×" for tick in ticks])
+    axes.set_yticks(rows, labels)
+    axes.invert_yaxis()
+    axes.set_xlabel("time of each tool's default build, as a multiple of ours (right is slower)")
+    axes.grid(axis="x", alpha=0.3)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.4, -1.1 / len(labels)), ncols=5, frameon=False, fontsize=8)
+    figure.patch.set_facecolor("white")
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="svg", bbox_inches="tight", metadata={"Date": None})
+
+
+def _markdown(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join("| " + " | ".join(cells) + " |\n" for cells in lines)
+
+
+if __name__ == "__main__":
+    main()
