@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 LEVELS: list[list[str]] = [
     ["cveff.runtime"],
     ["cveff.errors"],
-    ["cveff.files", "cveff.progress", "cveff.target", "cveff.kernels"],
+    ["cveff.files", "cveff.progress", "cveff.schema", "cveff.target", "cveff.kernels"],
     ["cveff.edits", "cveff.log"],
     ["cveff.backbones.small_resnet", "cveff.backbones"],
     ["cveff.model"],
@@ -24,10 +24,13 @@ LEVELS: list[list[str]] = [
     ["cveff.train"],
     ["cveff.export"],
     ["cveff.model_zoo"],
-    ["cveff.recipe"],
+    ["cveff.recipe", "cveff.subject"],
+    ["cveff.recipe_text"],
     ["cveff.pipeline"],
+    ["cveff.shortcut"],
     ["cveff.console"],
     ["cveff.cli"],
+    ["cveff.__main__"],
 ]
 # Names of edits and own architectures are tables of strings or lazy imports at the top of their rooms.
 LAZY = {"cveff", "cveff.backbones", "cveff.data", "cveff.export"}
