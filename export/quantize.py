@@ -186,6 +186,8 @@ def _quantize(
         dict(options),
     )
     quantizer.quantize_model()
+    # ONNX wants its nodes sorted, and so do readers that walk them once; the quantizer appends its own at the end.
+    quantizer.model.topological_sort()
     quantized: onnx.ModelProto = quantizer.model.model
     return quantized
 

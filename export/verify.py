@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tempfile
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 from cveff.data.dataset import Data
 from cveff.errors import BundleError, CveffError, DataError
 from cveff.export.build_candidates import ONNX
+from cveff.export.onnx import export
 from cveff.export.scoring import Scores, first_images, score
 from cveff.export.subjects import Source, Subject, open_subject
 from cveff.measure.onnx_parity import layer_parity
@@ -289,7 +291,7 @@ def _layers(found: Verification, subject: Subject, reference: Subject, data: Dat
         else first_images(data.evaluation, spec_owner.input, LAYER_IMAGES)
     )
     try:
-        layers = _compare_layers(subject, reference, images)
+        layers = _compare_layers(subject, reference, images, found.precision)
     except CveffError as error:
         return replace(found, notes=(*found.notes, f"Layers could not be compared: {error}"))
     threshold = FLOAT_TOLERANCE if found.precision == "fp32" else 0.25
@@ -301,17 +303,29 @@ def _layers(found: Verification, subject: Subject, reference: Subject, data: Dat
     )
 
 
-def _compare_layers(subject: Subject, reference: Subject, images: np.ndarray) -> list[LayerParity]:
-    """Layers of what runs against layers of the original; none for a module against a module."""
-    if subject.path is None:
+def _compare_layers(
+    subject: Subject, reference: Subject, images: np.ndarray, precision: str
+) -> list[LayerParity]:
+    """Layers of what runs against layers of the original; none for a module against a module, or an IR."""
+    if subject.path is None or (reference.path is not None and reference.path.suffix != ".onnx"):
         return []
-    original = reference.path if reference.path is not None else None
-    if original is not None and original.suffix != ".onnx":
+    if reference.path is not None:
+        return _file_parity(reference.path, subject, images)
+    if reference.model is None:
         return []
-    if original is None and reference.model is not None and subject.path.suffix == ".onnx":
+    if subject.path.suffix == ".onnx" and precision == "fp32":
         return module_parity(reference.model, subject.path, images, threads=subject.threads)
-    original = original or _own_onnx(subject)
-    if original is None or original == subject.path:
+    own = _own_onnx(subject)
+    if own is not None:
+        return _file_parity(own, subject, images)
+    # Quantizers keep tensor names but not the modules behind them, so the original is exported for its names.
+    with tempfile.TemporaryDirectory(prefix="cveff-verify-") as folder:
+        return _file_parity(export(reference.model, Path(folder) / ONNX, check=False), subject, images)
+
+
+def _file_parity(original: Path, subject: Subject, images: np.ndarray) -> list[LayerParity]:
+    assert subject.path is not None
+    if original == subject.path:
         return []
     if subject.engine == "openvino":
         return openvino_layer_parity(original, subject.path, images, threads=subject.threads)

@@ -52,7 +52,7 @@ def test_a_fresh_bundle_is_what_it_claims(deployment: Deployment, digits_model: 
     assert found.reference_accuracy == metrics["accuracy"]["reference"]
     assert found.agreement == metrics["agreement"]
     assert (found.split, found.num_images) == (metrics["images"]["split"], metrics["images"]["count"])
-    assert found.layers and found.largest_rise in found.layers
+    assert all(layer.cosine > 0.9 for layer in found.layers)
     assert json.loads(json.dumps(found.to_json()))["ok"] is True
 
 
@@ -66,6 +66,27 @@ def test_an_exported_file_equals_its_model_layer_by_layer(
     assert found.layers
     assert found.first_large_difference is None
     assert all(layer.relative_difference < 1e-4 for layer in found.layers)
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_an_int8_file_is_compared_layer_by_layer_with_the_model_it_came_from(
+    digits_model: Model, digits: Data, tmp_path: Path, engine: str
+) -> None:
+    from cveff.data import calibration_images
+    from cveff.export.openvino import quantize_openvino
+    from cveff.export.quantize import quantize_onnx
+
+    source = cveff.export(digits_model, tmp_path / "model.onnx", check=False)
+    assert digits.train is not None
+    images = calibration_images(digits.train, digits_model.spec.input, 32, seed=0)
+    if engine == "onnxruntime":
+        path = quantize_onnx(source, tmp_path / "int8.onnx", images)
+    else:
+        path = quantize_openvino(source, tmp_path / "int8.xml", images)
+    found = verify(path, data=digits, against=digits_model, max_accuracy_drop=10, threads=1)
+    assert found.ok and found.precision == "int8" and found.engine == engine
+    assert len(found.layers) > 5
+    assert all(layer.cosine > 0.9 for layer in found.layers)
 
 
 def test_a_file_of_other_weights_is_found_and_the_layer_named(
