@@ -18,11 +18,13 @@ from cveff.errors import EngineError, ExportError
 from cveff.export.graph import first_line
 from cveff.export.metadata import write_metadata
 from cveff.export.normalize import deployable
-from cveff.export.simplify import simplify
+from cveff.export.simplify import fold_scale, simplify
 from cveff.files import atomic_path
 from cveff.measure.parity import relative_difference
 from cveff.model import Model
 from cveff.runtime.engines import open_file
+
+_log = logging.getLogger(__name__)
 
 OPSET = 20
 TOLERANCE = 1e-4
@@ -52,11 +54,31 @@ def export(model: Model, path: str | Path, *, opset: int = OPSET, check: bool = 
     path = Path(path)
     _refuse_too_large(model)
     network = deployable(model.module, model.spec.input)
-    proto = _trace(network, model, opset)
-    proto = simplify(proto)
-    write_metadata(proto, model.spec)
-    _check_onnx(proto, model)
-    serialized = proto.SerializeToString()
+    traced = _trace(network, model, opset)
+    try:
+        serialized = _finish(simplify(traced), model, network, check)
+    except ExportError as error:
+        # Never ship a graph that simplification broke; never lose one because it could not be simplified.
+        serialized = _finish(traced, model, network, check, unsimplified=str(error))
+        _log.warning("%s was exported without simplification: %s", model.spec.architecture, error)
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(serialized)
+    return path
+
+
+def _finish(
+    proto: onnx.ModelProto, model: Model, network: nn.Module, check: bool, unsimplified: str | None = None
+) -> bytes:
+    """Fold the pixels' scale, describe, validate and (with `check`) compare a graph; returns the file's bytes."""
+    fold_scale(proto)
+    write_metadata(proto, model.spec, unsimplified)
+    try:
+        onnx.checker.check_model(proto, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ExportError(
+            f"{model.spec.architecture}: the exported graph is not valid ONNX: {first_line(error)}"
+        ) from error
+    serialized: bytes = proto.SerializeToString(deterministic=True)
     if check:
         worst = difference(serialized, network, model)
         if not worst <= TOLERANCE:
@@ -64,9 +86,7 @@ def export(model: Model, path: str | Path, *, opset: int = OPSET, check: bool = 
                 f"{model.spec.architecture}: the ONNX file's logits differ from PyTorch's by {worst:.2e} of the "
                 f"largest logit, more than {TOLERANCE:.0e}; no file was written"
             )
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(serialized)
-    return path
+    return serialized
 
 
 def difference(serialized: bytes, network: nn.Module, model: Model) -> float:
@@ -80,7 +100,7 @@ def difference(serialized: bytes, network: nn.Module, model: Model) -> float:
         max|onnx - torch| / max|torch| over the logits of the worse batch.
 
     Raises:
-        ExportError: ONNX Runtime cannot run the file, or the logits have another shape.
+        ExportError: ONNX Runtime cannot run the file, or the logits have another shape or are not finite.
     """
     name, worst = model.spec.architecture, 0.0
     try:
@@ -92,6 +112,10 @@ def difference(serialized: bytes, network: nn.Module, model: Model) -> float:
                     images = example_images(batch, model)
                     with torch.inference_mode():
                         expected = network(torch.from_numpy(images)).numpy()
+                    if not np.isfinite(expected).all():
+                        raise ExportError(
+                            f"{name}: PyTorch's logits are not finite (nan or inf); check its weights"
+                        )
                     logits = session(images)
                     if logits.shape != expected.shape:
                         raise ExportError(
@@ -134,8 +158,11 @@ def _trace(network: nn.Module, model: Model, opset: int) -> onnx.ModelProto:
                 verbose=False,
             )
     except Exception as error:
+        cause = _root(error)
+        where = _failing_module(cause, network) or _failing_module(error, network)
         raise ExportError(
-            f"{model.spec.architecture} cannot be exported to ONNX: {first_line(error)}"
+            f"{model.spec.architecture} cannot be exported to ONNX: {type(cause).__name__}"
+            f"{f' in {where}' if where else ''}: {first_line(cause)}"
         ) from error
     if program is None:
         raise ExportError(
@@ -155,15 +182,6 @@ def _pool_by_mean(traced: torch.export.ExportedProgram) -> None:
     traced.graph_module.recompile()
 
 
-def _check_onnx(proto: onnx.ModelProto, model: Model) -> None:
-    try:
-        onnx.checker.check_model(proto, full_check=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise ExportError(
-            f"{model.spec.architecture}: the exported graph is not valid ONNX: {first_line(error)}"
-        ) from error
-
-
 def _refuse_too_large(model: Model) -> None:
     size = sum(tensor.numel() * 4 for tensor in model.module.state_dict().values())
     if size > MAX_BYTES:
@@ -171,6 +189,23 @@ def _refuse_too_large(model: Model) -> None:
             f"{model.spec.architecture} has {size / 2**30:.2f} GiB of weights; one ONNX file holds at most 2 GiB. "
             "Use a smaller model"
         )
+
+
+def _root(error: BaseException) -> BaseException:
+    """The first error of a chain: the exporter wraps what went wrong in advice about itself."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _failing_module(error: BaseException, network: nn.Module) -> str | None:
+    """Name of the innermost module of `network` that was running when `error` was raised."""
+    names = {id(module): name for name, module in network.named_modules()}
+    found, frames = None, error.__traceback__
+    while frames is not None:
+        name = names.get(id(frames.tb_frame.f_locals.get("self")))
+        found, frames = name or found, frames.tb_next
+    return found.removeprefix("network.") if found else None
 
 
 @contextmanager

@@ -9,13 +9,15 @@ import onnx
 from onnx import numpy_helper
 
 from cveff.errors import ExportError
+from cveff.measure.onnx_modules import read_modules, write_modules
 
 
 def simplify(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """Fold constants, drop what has no effect, and fold the pixels' scale. Returns a new graph.
+    """Fold constants and drop what has no effect; each node keeps its module. Returns a new graph, `proto` stays.
+
 
     Raises:
-        ExportError: onnxslim cannot read the graph.
+        ExportError: onnxslim cannot handle the graph.
     """
     import onnxslim
 
@@ -25,10 +27,10 @@ def simplify(proto: onnx.ModelProto) -> onnx.ModelProto:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            simplified = onnxslim.slim(original)
+            simplified: onnx.ModelProto = onnxslim.slim(original)
     except Exception as error:
         raise ExportError(f"onnxslim cannot simplify the graph: {type(error).__name__}: {error}") from error
-    fold_scale(simplified)
+    write_modules(simplified, read_modules(proto))
     return simplified
 
 
