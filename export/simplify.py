@@ -15,7 +15,6 @@ from cveff.measure.onnx_modules import read_modules, write_modules
 def simplify(proto: onnx.ModelProto) -> onnx.ModelProto:
     """Fold constants and drop what has no effect; each node keeps its module. Returns a new graph, `proto` stays.
 
-
     Raises:
         ExportError: onnxslim cannot handle the graph.
     """
