@@ -74,7 +74,7 @@ class Candidate:
             "precision": self.precision,
             "accuracy": self.accuracy,
             "agreement": self.agreement,
-            "relative_difference": _finite(self.relative_difference),
+            "relative_difference": finite(self.relative_difference),
             "latency_ms": self.timings[batch].median_ms if batch in self.timings else None,
             "latencies": [latency_json(timing) for timing in self.timings.values()],
             "size_bytes": self.size_bytes,
@@ -187,7 +187,7 @@ def latency_json(timing: Latency) -> dict[str, Any]:
     }
 
 
-def _finite(value: float | None) -> float | None:
+def finite(value: float | None) -> float | None:
     """JSON has no infinity."""
     return value if value is not None and math.isfinite(value) else None
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from cveff.edits import edit_to_json
 from cveff.export.build_candidates import ONNX
-from cveff.export.candidates import Candidate, latency_json
+from cveff.export.candidates import Candidate, finite, latency_json
 from cveff.export.deploy_checks import Images
 from cveff.export.measure_candidates import Measured
 from cveff.export.scoring import REFERENCE
@@ -50,14 +50,16 @@ def deployment_manifest(
         "input": model.spec.input.to_json(),
         "labels": list(images.labels),
         "engine": _engine_entry(chosen),
-        "alternatives": _alternatives(measured.candidates),
+        "alternatives": _alternatives(measured.candidates, target.num_threads),
         "metrics": {
             "accuracy": {
                 "reference": evaluation.accuracy(REFERENCE),
                 "deployed": evaluation.accuracy(chosen.name),
             },
             "agreement": evaluation.agreement(chosen.name, REFERENCE),
-            "parity": {"max_relative_difference": evaluation.relative_difference(chosen.name, REFERENCE)},
+            "parity": {
+                "max_relative_difference": finite(evaluation.relative_difference(chosen.name, REFERENCE))
+            },
             "latency_ms": {
                 key: deciding[key] for key in ("batch", "threads", "median", "p90", "reference_median")
             },
@@ -90,13 +92,11 @@ def _engine_entry(candidate: Candidate, file: str = "") -> dict[str, Any]:
     }
 
 
-def _alternatives(candidates: Sequence[Candidate]) -> list[dict[str, Any]]:
-    """Other ways to run the bundle: every engine that opened the float32 network also reads `model.onnx`."""
-    return [
-        _engine_entry(candidate, ONNX)
-        for candidate in candidates
-        if candidate.precision == "fp32" and not candidate.error and not candidate.chosen
-    ]
+def _alternatives(candidates: Sequence[Candidate], threads: int) -> list[dict[str, Any]]:
+    """Other ways to run the bundle: `model.onnx` on ONNX Runtime, and on every engine that opened it in float32."""
+    entries = {"onnxruntime": Candidate("onnxruntime", "fp32", threads=threads)}
+    entries |= {c.engine: c for c in candidates if c.precision == "fp32" and not c.error}
+    return [_engine_entry(candidate, ONNX) for candidate in entries.values() if not candidate.chosen]
 
 
 def installed_versions(names: Iterable[str]) -> dict[str, str]:

@@ -25,6 +25,8 @@ from cveff.export.report_sections import (
     samples_section,
 )
 
+ENGINE_NAMES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
+
 _TEMPLATE = Path(__file__).with_name("report.html")
 
 
@@ -50,7 +52,7 @@ def render(manifest: Mapping[str, Any], evidence: Evidence | None = None) -> str
         _origin(manifest),
     ]
     return Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
-        title=escape(f"{model['name']}: {engine['name']} {precision}".strip()),
+        title=escape(f"{model['name']}: {_engine(engine['name'])} {precision}".strip()),
         lead=_lead(manifest, chosen),
         figures=_figures(manifest),
         sections="\n".join(section for section in sections if section),
@@ -92,7 +94,7 @@ def _figures(manifest: Mapping[str, Any]) -> str:
         (
             f"Time at batch {latency['batch']}",
             f"{latency['median']:.3g} ms",
-            f"{speedup:.1f}× as fast as PyTorch, {latency['threads']} threads; "
+            f"{speedup:.1f}× as fast as PyTorch, {_count(latency['threads'], 'thread')}; "
             f"9 in 10 under {latency['p90']:.3g} ms",
         )
     )
@@ -170,15 +172,16 @@ def _candidate_row(entry: Mapping[str, Any], standing: Standing) -> str:
     time = "–" if entry["latency_ms"] is None else f"{entry['latency_ms']:.3g} ms"
     size = bytes_text(entry["size_bytes"]) if entry.get("size_bytes") else "–"
     verdict = {"chosen": "chosen", "kept": "not chosen", "rejected": "rejected", "reference": ""}[standing]
+    name = escape(f"{_engine(entry['engine'])} {entry['precision']}")
     why = escape(entry["why"])
     gap = entry.get("meaning_gap")
     if gap:
         why += escape(
-            " The engine's answers equal those of the file computed as written on "
+            ". The engine's answers equal those of the file computed as written on "
             f"{percent(gap['agreement'])} of {gap['images']} images."
         )
     return (
-        f'<tr class="{standing}"><th scope="row">{escape(entry["engine"])} {escape(entry["precision"])}</th>'
+        f'<tr class="{standing}"><th scope="row">{name}</th>'
         f'<td class="number">{percent(entry["accuracy"])}</td>'
         f'<td class="number">{percent(entry.get("agreement"))}</td>'
         f'<td class="number">{time}</td><td class="number">{size}</td>'
@@ -213,7 +216,7 @@ def _use(manifest: Mapping[str, Any]) -> str:
     )
     engine = manifest["engine"]
     rows = [
-        ("Engine", engine["name"]),
+        ("Engine", _engine(engine["name"])),
         ("File", engine["file"]),
         ("Threads", str(engine["threads"])),
         ("Options", json.dumps(engine.get("options", {}))),
@@ -244,3 +247,11 @@ def _origin(manifest: Mapping[str, Any]) -> str:
             body = f"<pre>{escape(json.dumps(value, indent=2, ensure_ascii=False))}</pre>"
         parts.append(f"<details><summary>{title}</summary>{body}</details>")
     return html_section("How it was made", "".join(parts)) if parts else ""
+
+
+def _engine(name: str) -> str:
+    return ENGINE_NAMES.get(name, name)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"

@@ -44,7 +44,7 @@ def accuracy_latency(points: Sequence[Point], y_label: str, x_label: str, limit:
         limit: share below which a candidate is rejected, drawn as a dashed line.
     """
     width, height = 760, 400
-    left, right, top, bottom = 64, 170, 16, 48
+    left, right, top, bottom = 76, 170, 16, 48
     xs = [point.x for point in points]
     ys = [point.y for point in points] + ([limit] if limit is not None else [])
     x_ticks, x_position = _x_axis(xs, left, width - right)
@@ -71,7 +71,9 @@ def accuracy_latency(points: Sequence[Point], y_label: str, x_label: str, limit:
         parts.append(f'<line class="limit" x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(_text(left + 6, y - 5, "accuracy limit", "start"))
     centres = [(x_position(point.x), y_position(point.y)) for point in points]
-    label_ys = _apart([y for _, y in centres], 17, top + 8, height - bottom)
+    # Of marks at one height the rightmost has the nearest label, so that leaders do not cross.
+    heights = [round(y, 1) - x / 1e6 for x, y in centres]
+    label_ys = _apart(heights, 17, top + 8, height - bottom)
     for point, (x, y), label_y in zip(points, centres, label_ys, strict=True):
         label_x = width - right + 22
         title = f"{point.name}: {point.x:.3g} ms, {100 * point.y:.2f}%" + (
@@ -96,7 +98,9 @@ def layer_bars(bars: Sequence[Bar], description: str) -> str:
     high = max(low + 1, math.ceil(math.log10(max(values))))
 
     def x_position(value: float) -> float:
-        return left + (math.log10(min(max(value, 10.0**low), 10.0**high)) - low) / (high - low) * (width - left - 60)
+        return left + (math.log10(min(max(value, 10.0**low), 10.0**high)) - low) / (high - low) * (
+            width - left - 60
+        )
 
     parts = []
     for power in range(low, high + 1):

@@ -94,6 +94,20 @@ def test_every_engine_of_the_bundle_runs_the_same_network(deployment: Deployment
     assert relative_difference(*answers.values()) < 1e-4
 
 
+def test_float32_on_onnx_runtime_always_ships() -> None:
+    from cveff.export.candidates import Candidate
+    from cveff.export.deploy_manifest import _alternatives
+
+    int8 = Candidate("openvino", "int8", file="model.int8.xml", chosen=True)
+    (entry,) = _alternatives([int8], threads=3)
+    assert entry["name"] == "onnxruntime" and entry["file"] == "model.onnx" and entry["threads"] == 3
+    fp32 = [
+        Candidate("onnxruntime", "fp32", chosen=True),
+        Candidate("openvino", "fp32", error="not installed"),
+    ]
+    assert _alternatives([*fp32, int8], threads=1) == []
+
+
 def test_the_model_is_left_as_it_was(digits_model: Model) -> None:
     assert digits_model.spec.edits == ()
     assert digits_model.spec.labels == tuple(str(digit) for digit in range(10))
