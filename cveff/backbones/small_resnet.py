@@ -101,7 +101,7 @@ class SmallResNet(nn.Module):
 
 def _small_resnet(pretrained: bool, arguments: dict[str, Any]) -> SmallResNet:
     if pretrained:
-        raise RuntimeError("small_resnet has no weights to download; `cveff models --zoo` lists trained ones")
+        raise RuntimeError("small_resnet has no weights to download; `cveff models` lists trained ones")
     for name in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):
         arguments.pop(name, None)
     return SmallResNet(**arguments)

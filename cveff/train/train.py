@@ -24,12 +24,12 @@ class Train:
         accumulation: parts a batch is computed in, to save memory; must divide `batch_size`.
         optimizer: "sgd" (Nesterov momentum), "adamw", or "muon" (Muon for hidden weight matrices and
             convolutions, AdamW for the rest).
-        learning_rate: peak; None: 0.1 (sgd), 1e-3 (adamw), 0.02 (muon).
+        learning_rate: peak; by default 0.1 (sgd), 1e-3 (adamw), 0.02 (muon).
         weight_decay: on weights with two or more dimensions; never on biases, norms and scales.
         momentum: of sgd and muon.
         schedule: "cosine" to zero, "one-cycle" (cosine up for 30%, then down; Smith 2018), "triangular"
             (linear up for 20%, linear down), or "constant".
-        warmup_epochs: linear warm-up before "cosine" and "constant".
+        warmup_epochs: linear warm-up before "cosine" and "constant"; the other two rise by themselves.
         label_smoothing: share of the target spread over all classes.
         ema: decay of the moving average of weights, which is then what is validated and kept; 0: none.
             Early on the decay is (1 + step) / (10 + step), so that the start is forgotten.
