@@ -13,18 +13,17 @@ from cveff.errors import EngineError, StepError
 from cveff.export.build_candidates import ONNX, Built, build_candidates
 from cveff.export.candidates import Candidate, Limits, choose, rejection
 from cveff.export.deploy_checks import Images
+from cveff.export.kernel_gap import gap_warnings, has_kernels, num_gap_images, with_kernel_gap
 from cveff.export.scoring import REFERENCE, Scores, first_images, score, time_all
 from cveff.measure.latency import Latency
-from cveff.measure.meaning import meaning_gap
 from cveff.measure.memory import Memory, peak_memory
 from cveff.measure.predictor import Predictor, torch_predictor
 from cveff.measure.threads import pinned_threads
 from cveff.model import Model
 from cveff.progress import Progress
+from cveff.runtime.input_spec import InputSpec
 from cveff.target import Target
 
-LARGE_GAP = 0.02
-"""Past this share of other answers, the engine's kernels, not the quantization, are what costs accuracy."""
 DECIDING_SECONDS, OTHER_SECONDS = 8.0, 3.0
 """Time for rounds at the batch size that decides, and at each other one."""
 
@@ -85,8 +84,7 @@ def measure(
         limits = Limits(max_accuracy_drop, selection.accuracy(REFERENCE), target.memory_mb)
         batch = first_images(images.selection, spec, max(target.batch_sizes))
         candidates = [_scored(candidate, selection) for candidate in built.candidates]
-        gap_images = first_images(images.selection, spec, _num_gap_images(spec.size))
-        candidates = [_with_gap(candidate, gap_images, progress) for candidate in candidates]
+        candidates = _with_gaps(candidates, images, spec, selection, progress)
         memories: dict[str, Memory] = {}
         if target.memory_mb:
             candidates = [_with_memory(c, batch, target, memories) for c in candidates]
@@ -107,7 +105,7 @@ def measure(
         chosen = _with_memory(chosen, batch, target, memories)
         decided = tuple(chosen if candidate.chosen else candidate for candidate in decided)
     return Measured(
-        decided, chosen, selection, evaluation, timings, memories[chosen.name], _gap_warnings(decided)
+        decided, chosen, selection, evaluation, timings, memories[chosen.name], gap_warnings(decided)
     )
 
 
@@ -150,39 +148,20 @@ def _scored(candidate: Candidate, scores: Scores) -> Candidate:
     )
 
 
-def _with_gap(candidate: Candidate, images: np.ndarray, progress: Progress) -> Candidate:
-    """For int8 on ONNX Runtime: what the engine answers against what the file says."""
-    if candidate.error or (candidate.engine, candidate.precision) != ("onnxruntime", "int8"):
-        return candidate
-    assert candidate.path is not None
-    progress.message(f"{candidate.name}: comparing the engine's answers with the file as written")
-    gap = meaning_gap(candidate.path, images, threads=candidate.threads)
-    values = {
-        "agreement": gap.agreement,
-        "relative_difference": gap.relative_difference,
-        "cosine": gap.cosine,
-        "images": gap.num_images,
-        "large": gap.agreement < 1 - LARGE_GAP,
-    }
-    return replace(candidate, meaning_gap=values)
-
-
-def _num_gap_images(size: tuple[int, int]) -> int:
-    """Computing an int8 file as written is many times slower than running it."""
-    return 256 if size[0] * size[1] <= 96 * 96 else 64
-
-
-def _gap_warnings(candidates: Sequence[Candidate]) -> tuple[str, ...]:
-    warnings = []
+def _with_gaps(
+    candidates: Sequence[Candidate], images: Images, spec: InputSpec, scores: Scores, progress: Progress
+) -> list[Candidate]:
+    """What integer kernels answer against what their files say."""
+    if not any(has_kernels(candidate) for candidate in candidates):
+        return list(candidates)
+    pixels = first_images(images.selection, spec, num_gap_images(spec.size))
+    found = []
     for candidate in candidates:
-        gap = candidate.meaning_gap
-        if gap is not None and gap["large"]:
-            warnings.append(
-                f"{candidate.name}: this CPU's engine answers otherwise than the file says on "
-                f"{100 * (1 - gap['agreement']):.1f}% of {gap['images']} images. Its integer kernels saturate; on a "
-                "CPU with other instructions the same file answers otherwise."
-            )
-    return tuple(warnings)
+        if has_kernels(candidate):
+            progress.message(f"{candidate.name}: comparing the engine's answers with the file as written")
+            candidate = with_kernel_gap(candidate, pixels, scores.logits[candidate.name][: len(pixels)])
+        found.append(candidate)
+    return found
 
 
 def _with_memory(
