@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -12,7 +11,7 @@ import numpy as np
 from cveff.data.dataset import Split
 from cveff.errors import EngineError
 from cveff.measure.accuracy import agreement, predict, top1
-from cveff.measure.latency import BLOCK_MS, LONG_CALL_MS, Latency, compare
+from cveff.measure.latency import Latency, compare
 from cveff.measure.parity import relative_difference
 from cveff.measure.predictor import Predictor
 from cveff.progress import Progress
@@ -85,25 +84,11 @@ def time_all(
 
     Args:
         images: (N, H, W, C) uint8, repeated where there are fewer than `batch_size`.
-        budget_seconds: time for rounds once the fewest are done: 9, or as many as fit into five budgets where
-            calls are long (never under 3).
+        budget_seconds: time for rounds; see `cveff.measure.compare`.
     """
     batch = np.ascontiguousarray(np.resize(images, (batch_size, *images.shape[1:])))
-    fewest = _fewest_rounds(predictors, batch, 5 * budget_seconds)
-    result = compare(predictors, batch, budget_seconds=budget_seconds, min_rounds=fewest, seed=seed)
+    result = compare(predictors, batch, budget_seconds=budget_seconds, seed=seed)
     return dict(result.candidates)
-
-
-def _fewest_rounds(predictors: Mapping[str, Predictor], batch: np.ndarray, seconds: float) -> int:
-    round_seconds = 0.0
-    for predictor in predictors.values():
-        predictor(batch)
-        start = time.perf_counter()
-        predictor(batch)
-        call = time.perf_counter() - start
-        # A block is about BLOCK_MS of calls, or a few calls where one takes that long.
-        round_seconds += max(1.5 * BLOCK_MS / 1000, (2 if 1000 * call > LONG_CALL_MS else 5) * call)
-    return max(3, min(9, int(seconds / round_seconds)))
 
 
 def first_images(split: Split, spec: InputSpec, count: int) -> np.ndarray:
