@@ -142,6 +142,28 @@ def test_without_labels_agreement_on_held_out_images_decides(
     assert "Only 20 images were measured" in (made.path / "report.html").read_text(encoding="utf-8")
 
 
+def test_a_calibration_folder_stands_in_for_training_images(
+    digits_model: Model, digits: Data, folder_of_images: Path, tiny_target: Target
+) -> None:
+    images = deploy_checks.gather_images(
+        digits_model, replace(digits, train=None), folder_of_images, tiny_target,
+        num_calibration=500, seed=0, on_bad_image="error", progress=Nothing(),
+    )  # fmt: skip
+    assert images.calibration is not None and images.calibration.shape == (40, 8, 8, 1)
+    assert images.selection is digits.val and images.evaluation is digits.evaluation and images.is_labelled
+    expected = np.stack([digits.train.source(i) for i in range(40)])  # type: ignore[union-attr, arg-type]
+    assert sorted(map(bytes, images.calibration)) == sorted(map(bytes, expected))
+
+
+def test_without_int8_no_image_calibrates(digits_model: Model, digits: Data) -> None:
+    target = Target("floats", "", (("onnxruntime", "fp32"),))
+    images = deploy_checks.gather_images(
+        digits_model, replace(digits, train=None), None, target,
+        num_calibration=8, seed=0, on_bad_image="error", progress=Nothing(),
+    )  # fmt: skip
+    assert images.calibration is None
+
+
 def test_the_two_halves_share_no_image(digits: Data) -> None:
     assert digits.train is not None
     calibration, held_out = deploy_checks._halves(digits.train.subset(range(41)), 3, needs_calibration=True)
