@@ -82,15 +82,17 @@ def _build(
         return _build_onnx(precision, source, calibration, folder), {}
     from cveff.export.openvino import convert, quantize_openvino
 
-    if precision == "int8":
-        path = folder / "model.int8.xml"
-        return quantize_openvino(source, path, _needed(calibration)), {"inference_precision": "f32"}
-    if precision == "bf16" and not _BF16_ISA.intersection(isa()):
+    is_bf16 = precision.endswith("bf16")
+    if is_bf16 and not _BF16_ISA.intersection(isa()):
         raise EngineError("this processor has no bfloat16 arithmetic")
-    path = folder / "model.xml"
+    is_int8 = precision.startswith("int8")
+    path = folder / ("model.int8.xml" if is_int8 else "model.xml")
     if not path.exists():
-        convert(source, path)
-    return path, {"inference_precision": "bf16" if precision == "bf16" else "f32"}
+        if is_int8:
+            quantize_openvino(source, path, _needed(calibration))
+        else:
+            convert(source, path)
+    return path, {"inference_precision": "bf16" if is_bf16 else "f32"}
 
 
 def _build_onnx(precision: str, source: Path, calibration: np.ndarray | None, folder: Path) -> Path:
