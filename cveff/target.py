@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import tomllib
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from cveff.errors import TargetError
+from cveff.runtime.machine import usable_cores
 
 _ENGINES = ("onnxruntime", "openvino")
 _PRECISIONS = ("fp32", "bf16", "int8", "int8-bf16")
@@ -39,7 +39,7 @@ class Target:
     @property
     def num_threads(self) -> int:
         """Threads to use on this machine."""
-        return self.threads or len(os.sched_getaffinity(0))
+        return self.threads or usable_cores()
 
 
 def load_target(target: str | Path | Target) -> Target:

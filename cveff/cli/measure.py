@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -50,7 +50,7 @@ def bench(
         from cveff.subject import for_measuring
 
         figures = cveff.bench(
-            [for_measuring(subject) for subject in subjects],
+            {name: for_measuring(subject) for name, subject in _named(subjects)},
             batch=tuple(batch or (1,)),
             threads=threads,
             data=data,
@@ -61,6 +61,13 @@ def bench(
     if as_json:
         return print_json([entry.to_json() for entry in figures])
     return show_figures(figures)
+
+
+def _named(subjects: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """(name, subject): a subject given twice is timed twice, which shows the noise."""
+    for index, subject in enumerate(subjects):
+        earlier = subjects[:index].count(subject)
+        yield (f"{subject} #{earlier + 1}" if earlier else subject), subject
 
 
 def verify(
