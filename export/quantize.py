@@ -120,12 +120,15 @@ def _check_settings(proto: onnx.ModelProto, method: str, activations: str, exclu
 
 
 def _prepare(proto: onnx.ModelProto, folder: Path) -> Path:
-    """Infer shapes (a tensor of unknown shape is not quantized) and let ONNX Runtime fold what it can."""
+    """Let ONNX Runtime fold what it can, and infer shapes: a tensor of unknown shape is not quantized.
+
+    Symbolic inference is left out: it fails on some graphs (EdgeNeXt) and finds nothing more in an exported one.
+    """
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     source, prepared = folder / "source.onnx", folder / "prepared.onnx"
     onnx.save(proto, source)
-    quant_pre_process(source, prepared, auto_merge=True)
+    quant_pre_process(source, prepared, skip_symbolic_shape=True)
     return prepared
 
 
