@@ -89,7 +89,7 @@ def _build(
     path = folder / ("model.int8.xml" if is_int8 else "model.xml")
     if not path.exists():
         if is_int8:
-            quantize_openvino(source, path, _needed(calibration))
+            quantize_openvino(_rounded(source, calibration, folder), path, _needed(calibration))
         else:
             convert(source, path)
     return path, {"inference_precision": "bf16" if is_bf16 else "f32"}
