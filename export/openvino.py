@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import logging
 import os
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -148,9 +147,11 @@ def _read(source: Path) -> Any:
     openvino = _require("openvino")
     try:
         # Not read_model: it leaves grouped kernels behind a Reshape, which keeps depthwise convolutions from int8.
-        return openvino.convert_model(source)
-    except RuntimeError as error:
-        raise ExportError(f"OpenVINO cannot read {source}: {str(error).strip().splitlines()[-1]}") from error
+        with _environment("CI", "true"):  # convert_model reports its use over the network, but not from CI
+            return openvino.convert_model(source)
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
+        raise ExportError(f"OpenVINO cannot read {source}: {reason.removeprefix('-- ')}") from error
 
 
 def _save(model: Any, destination: Path, compress_to_fp16: bool) -> Path:
@@ -183,17 +184,25 @@ def _xml(path: str | Path) -> Path:
 def _require(module: str) -> Any:
     """Import an optional package; NNCF without the report of its use that it sends over the network."""
     package = module.split(".")[0]
-    # NNCF looks at this variable once, when it is first imported.
-    silence = package == "nncf" and package not in sys.modules and "NNCF_CI" not in os.environ
     try:
-        if silence:
-            os.environ["NNCF_CI"] = "1"
-        return importlib.import_module(module)
+        # NNCF looks at this variable once, when it is first imported.
+        with _environment("NNCF_CI", "1"):
+            return importlib.import_module(module)
     except ImportError as error:
         raise MissingDependencyError(f"{package} is not installed; pip install 'cveff[openvino]'") from error
+
+
+@contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    """An environment variable, for the time of the block; one that the user has set stays as it is."""
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = value
+    try:
+        yield
     finally:
-        if silence:
-            del os.environ["NNCF_CI"]
+        os.environ.pop(name, None)
 
 
 @contextmanager
