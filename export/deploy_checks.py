@@ -136,7 +136,7 @@ def gather_images(
             "deploy needs images to measure with: pass data=… (a data set with labels: accuracy is measured) "
             "or calibration=… (a folder of images without labels: agreement with the original is measured)"
         )
-    needs_calibration = any(precision == "int8" for _, precision in target.candidates)
+    needs_calibration = any(precision.startswith("int8") for _, precision in target.candidates)
     folder = None
     if calibration is not None:
         from cveff.data.loading import load_images

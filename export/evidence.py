@@ -89,7 +89,7 @@ def compare_layers(reference: Path, candidate: Candidate, batch: np.ndarray) -> 
 
 def _quantized(chosen: Candidate, candidates: Sequence[Candidate]) -> Candidate | None:
     """The int8 file whose layers are worth showing: the chosen, or else the first that was built."""
-    int8 = [c for c in candidates if c.precision == "int8" and not c.error]
+    int8 = [c for c in candidates if c.precision.startswith("int8") and not c.error]
     return next((c for c in int8 if c.name == chosen.name), int8[0] if int8 else None)
 
 

@@ -27,7 +27,7 @@ class Engine:
         labels: one name a class, in the order of the columns of the result.
         manifest: the whole manifest, checked.
         name: the engine in use, "onnxruntime" or "openvino".
-        precision: "fp32", "bf16", "int8" or "int8-bf16"; "" where the manifest does not say.
+        precision: "fp32", "bf16" or one of int8's kinds; "" where the manifest does not say.
         threads: threads the engine uses.
         path: the bundle's folder.
     """

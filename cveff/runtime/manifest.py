@@ -47,7 +47,7 @@ class ModelFile:
         file: path inside the bundle.
         threads: threads it was measured with.
         options: the engine's options, as `open_file` takes them.
-        precision: "fp32", "bf16", "int8" or "int8-bf16"; "" where the manifest does not say.
+        precision: "fp32", "bf16" or one of int8's kinds; "" where the manifest does not say.
     """
 
     engine: str
