@@ -1,7 +1,7 @@
 """Write the README's measured tables and its picture from the committed results, so that no figure is typed by hand.
 
-    python tools/readme_tables.py            # rewrite what stands between the markers, and docs/images/engines.svg
-    python tools/readme_tables.py --check    # exit 1 if the README says something else than the results
+python tools/readme_tables.py            # rewrite what stands between the markers, and docs/images/engines.svg
+python tools/readme_tables.py --check    # exit 1 if the README says something else than the results
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ def main() -> None:
     text = README.read_text(encoding="utf-8")
     written = filled(text)
     if arguments.check:
-        sys.exit(0 if written == text else "README.md differs from model_zoo/results: run tools/readme_tables.py")
+        sys.exit(
+            0 if written == text else "README.md differs from model_zoo/results: run tools/readme_tables.py"
+        )
     write_text(README, written)
     draw(result("engines"), PICTURE)
 
@@ -134,11 +136,18 @@ def draw(values: dict[str, Any], path: Path) -> None:
                 points[peer].append(cell["ratio"][peer]["median"])
     figure, axes = pyplot.subplots(figsize=(9, 0.36 * len(labels) + 1.3))
     rows = range(len(labels))
-    for peer, marker, colour in zip(PEERS, "osD^v", ("#1f77b4", "#ff7f0e", "#9467bd", "#8c564b", "#2ca02c"), strict=True):
+    for peer, marker, colour in zip(
+        PEERS, "osD^v", ("#1f77b4", "#ff7f0e", "#9467bd", "#8c564b", "#2ca02c"), strict=True
+    ):
         axes.scatter(points[peer], rows, marker=marker, s=34, color=colour, label=peer, zorder=3, alpha=0.85)
     axes.axvline(1, color="black", linewidth=1.5)
     axes.annotate(
-        "the bundle cveff ships", (1, -0.9), xytext=(4, 0), textcoords="offset points", fontsize=9, annotation_clip=False
+        "the bundle cveff ships",
+        (1, -0.9),
+        xytext=(4, 0),
+        textcoords="offset points",
+        fontsize=9,
+        annotation_clip=False,
     )
     axes.set_xscale("log", base=2)
     ticks = [tick for tick in (0.5, 1, 2, 4, 8, 16, 32) if tick <= 1.1 * max(map(max, points.values()))]
@@ -148,7 +157,9 @@ def draw(values: dict[str, Any], path: Path) -> None:
     axes.set_xlabel("time of each tool's default build, as a multiple of ours (right is slower)")
     axes.grid(axis="x", alpha=0.3)
     axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.4, -1.1 / len(labels)), ncols=5, frameon=False, fontsize=8)
+    axes.legend(
+        loc="upper center", bbox_to_anchor=(0.4, -1.1 / len(labels)), ncols=5, frameon=False, fontsize=8
+    )
     figure.patch.set_facecolor("white")
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="svg", bbox_inches="tight", metadata={"Date": None})

@@ -1,0 +1,95 @@
+"""Every command and program of the README runs as it stands there (long trainings for one epoch)."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import cveff
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+# Commands that CI runs by themselves, and benchmarks whose --quick form tests/test_benchmarks.py runs.
+ELSEWHERE = ("make ", "python tools/benchmarks/")
+
+
+def console_commands() -> list[str]:
+    blocks = re.findall(r"```console\n(.*?)```", README, re.DOTALL)
+    lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line and not line.startswith(ELSEWHERE)]
+
+
+def programs() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the README's reader has: two classes of photographs, unlabelled ones, trained weights."""
+    folder = tmp_path_factory.mktemp("readme")
+    random = np.random.default_rng(0)
+    for split, count in (("train", 6), ("val", 4)):
+        for label, colour in (("cat", 60), ("dog", 180)):
+            (folder / "photos" / split / label).mkdir(parents=True)
+            for index in range(count):
+                image(random, colour).save(folder / "photos" / split / label / f"{index}.jpg")
+    (folder / "unlabelled").mkdir()
+    for index in range(12):
+        image(random, 20 * index).save(folder / "unlabelled" / f"{index}.png")
+    image(random, 90).save(folder / "photo.png")
+    model = cveff.create("mobilenetv4_conv_small", num_classes=2)
+    torch.save(model.module.state_dict(), folder / "weights.pth")
+    (folder / "tools").symlink_to(ROOT / "tools")
+    return folder
+
+
+def image(random: np.random.Generator, colour: int) -> Image.Image:
+    noise = random.integers(0, 70, (240, 260, 3))
+    return Image.fromarray(np.clip(noise + colour, 0, 255).astype(np.uint8))
+
+
+def run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_every_console_command_runs(folder: Path) -> None:
+    commands = console_commands()
+    assert len(commands) >= 8
+    for line in commands:
+        command = shlex.split(line)
+        if "mobilenetv4_conv_small" in line and "--weights" not in line and command[1] != "models":
+            command += ["--epochs", "1", "--max-accuracy-drop", "100"] if "deploy.py" in line else ["--epochs", "1"]
+        if "--weights" in line:
+            command += ["--max-accuracy-drop", "100"]  # random weights: any rounding changes an answer
+        done = run(command, folder)
+        assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    assert (folder / "my.bundle" / "report.html").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(len(programs())))
+def test_every_program_runs(number: int, folder: Path) -> None:
+    done = run([sys.executable, "-c", programs()[number]], folder)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_links_lead_somewhere() -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", README):
+        assert (ROOT / target).exists(), f"README links to {target}, which is not there"
+
+
+def test_tables_are_those_of_the_committed_results() -> None:
+    done = run([sys.executable, str(ROOT / "tools" / "readme_tables.py"), "--check"], ROOT)
+    assert done.returncode == 0, done.stderr
