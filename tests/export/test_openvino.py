@@ -95,6 +95,26 @@ def test_default_preset_follows_the_activations_and_same_settings_give_the_same_
     assert not np.array_equal(_logits(other, source[2]), expected)
 
 
+def test_smoothing_is_chosen_by_its_error(tmp_path):
+    """Whichever of the two is closer on the calibration images is kept, and a convolutional network has no choice."""
+    torch.manual_seed(0)
+    model = cveff.create("test_vit", num_classes=10, image_size=64)
+    path, images = export(model, tmp_path / "model.onnx", check=False), example_images(4, model, seed=1)
+    expected = _logits(path, images)
+    for quantize, suffix in ((quantize_openvino, "xml"), (quantize_onnx_nncf, "onnx")):
+        errors = {
+            smooth: float(
+                np.square(
+                    _logits(quantize(path, tmp_path / f"{smooth}.{suffix}", images, smooth=smooth), images)
+                    - expected
+                ).sum()
+            )
+            for smooth in (False, True, None)
+        }
+        assert errors[False] != errors[True]
+        assert errors[None] == min(errors.values())
+
+
 def test_nncf_onnx_runs_in_onnx_runtime(source, tmp_path):
     """Depthwise convolutions too, whose activations NNCF by itself gives a scale a channel."""
     path = quantize_onnx_nncf(source[0], tmp_path / "model.onnx", source[1])
