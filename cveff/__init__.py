@@ -18,14 +18,15 @@ if TYPE_CHECKING:
     from cveff.export.deploy import deploy
     from cveff.export.onnx import export
     from cveff.export.verify import verify
-    from cveff.model import InputSpec, Model, ModelSpec, create, load, save
+    from cveff.model import Model, ModelSpec, create, load, save
+    from cveff.runtime.input_spec import InputSpec
     from cveff.steps import Run, Step, apply
     from cveff.target import Target
 
 _HOME = {
     "CveffError": "cveff.errors",
     "Edit": "cveff.edits",
-    "InputSpec": "cveff.model",
+    "InputSpec": "cveff.runtime.input_spec",
     "Model": "cveff.model",
     "ModelSpec": "cveff.model",
     "Run": "cveff.steps",

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import ClassVar, Protocol, cast, runtime_checkable
 
 import torch
 
@@ -90,7 +90,7 @@ def apply(
         StepError: something is neither a step nor an edit, or a step lacks what it needs (said before any
             step starts).
     """
-    sequence = list(steps) if isinstance(steps, (list, tuple)) else [steps]
+    sequence = cast("list[Step | Edit]", list(steps) if isinstance(steps, (list, tuple)) else [steps])
     given = {"data": data, "target": target, "teacher": teacher, "folder": folder}
     for step in sequence:
         if isinstance(step, type) or not isinstance(step, (Step, Edit)):

@@ -80,7 +80,7 @@ def _build(
         raise MissingDependencyError(f"{engine} is not installed; pip install {_requirement(engine)}")
     if engine == "onnxruntime":
         return _build_onnx(precision, source, calibration, folder), {}
-    from cveff.export.openvino import convert, quantize_openvino
+    from cveff.export.openvino import Preset, convert, quantize_openvino
 
     is_bf16 = precision.endswith("bf16")
     if is_bf16 and not _BF16_ISA.intersection(isa()):
@@ -90,7 +90,7 @@ def _build(
     if not path.exists():
         if stored.startswith("int8"):
             # Zero points keep more of signed activations and can halve the speed: both are built, and measured.
-            preset = "mixed" if stored == "int8-asymmetric" else "performance"
+            preset: Preset = "mixed" if stored == "int8-asymmetric" else "performance"
             quantize_openvino(
                 _rounded(source, calibration, folder), path, _needed(calibration), preset=preset
             )

@@ -74,7 +74,12 @@ def imports(path: Path) -> set[str]:
 def sources() -> list[Path]:
     rooms = [ROOT / name for name in ("cveff", "export", "kernels", "model_zoo")]
     # pathlib does not follow the symbolic links cveff/export, cveff/kernels and cveff/model_zoo.
-    return sorted(path for room in rooms for path in room.rglob("*.py") if not path.is_relative_to(ROOT / "cveff" / "export"))
+    return sorted(
+        path
+        for room in rooms
+        for path in room.rglob("*.py")
+        if not path.is_relative_to(ROOT / "cveff" / "export")
+    )
 
 
 @pytest.mark.parametrize("path", sources(), ids=module_name)
@@ -91,11 +96,15 @@ def test_levels_name_rooms_that_exist() -> None:
     assert {prefix for level in LEVELS for prefix in level} <= present
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "cveff" / "runtime").rglob("*.py")), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "cveff" / "runtime").rglob("*.py")), ids=lambda path: path.name
+)
 def test_the_runtime_imports_nothing_of_cveff_and_no_torch(path: Path) -> None:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         if isinstance(node, ast.ImportFrom) and not node.level:
             names = [node.module or ""]
         for name in names:
-            assert name.split(".")[0] not in {"torch", "torchvision", "timm", "cveff"}, f"{path.name} imports {name}"
+            assert name.split(".")[0] not in {"torch", "torchvision", "timm", "cveff"}, (
+                f"{path.name} imports {name}"
+            )

@@ -14,7 +14,14 @@ import cveff
 from cveff.errors import CheckpointError, CveffError, UnknownModelError
 from cveff.model import Model, ModelSpec, build
 
-ARCHITECTURES = ["small_resnet_s", "test_resnet", "test_vit", "test_efficientnet", "test_convnext", "mobilenetv3_small_050"]
+ARCHITECTURES = [
+    "small_resnet_s",
+    "test_resnet",
+    "test_vit",
+    "test_efficientnet",
+    "test_convnext",
+    "mobilenetv3_small_050",
+]
 
 
 def outputs(model: Model) -> torch.Tensor:
@@ -88,7 +95,7 @@ def test_a_users_state_dict_is_loaded_strictly(suffix: str, tmp_path: Path) -> N
 
 def test_weights_of_another_architecture_say_which_tensors_do_not_fit(tmp_path: Path) -> None:
     save_file(cveff.create("test_resnet", num_classes=2).module.state_dict(), tmp_path / "w.safetensors")
-    with pytest.raises(CheckpointError, match="does not fit test_efficientnet.*missing.*unexpected"):
+    with pytest.raises(CheckpointError, match=r"does not fit test_efficientnet.*missing.*unexpected"):
         cveff.create("test_efficientnet", num_classes=2, weights=tmp_path / "w.safetensors")
     with pytest.raises(CheckpointError, match=r"of another shape \(fc"):
         cveff.create("test_resnet", num_classes=5, weights=tmp_path / "w.safetensors")

@@ -70,7 +70,9 @@ def test_every_console_command_runs(folder: Path) -> None:
     for line in commands:
         command = shlex.split(line)
         if "mobilenetv4_conv_small" in line and "--weights" not in line and command[1] != "models":
-            command += ["--epochs", "1", "--max-accuracy-drop", "100"] if "deploy.py" in line else ["--epochs", "1"]
+            command += (
+                ["--epochs", "1", "--max-accuracy-drop", "100"] if "deploy.py" in line else ["--epochs", "1"]
+            )
         if "--weights" in line:
             command += ["--max-accuracy-drop", "100"]  # random weights: any rounding changes an answer
         done = run(command, folder)
