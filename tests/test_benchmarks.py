@@ -49,7 +49,7 @@ def test_help_explains_itself(
 def test_committed_results_say_how_they_were_made(path: Path) -> None:
     values = json.loads(path.read_text(encoding="utf-8"))
     assert values["command"].startswith("python tools/")
-    assert "/" not in values["command"].removeprefix("python tools/benchmarks/").removeprefix("python tools/")
+    assert " /" not in values["command"] and "=/" not in values["command"]  # no path of one machine
     assert "torch" in values["versions"] and "cpu" in values["machine"]
     assert "--quick" not in values["command"]
 
