@@ -147,7 +147,13 @@ def test_an_interrupted_run_says_130_and_can_go_on(number: signal.Signals, tmp_p
     words = ["train", "digits", "--epochs", "200", "--out", str(tmp_path / "run"), "--no-deploy"]
     command = [sys.executable, "-m", "cveff", *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+
+    def listen() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # shells start background jobs with it ignored
+
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env=environment, preexec_fn=listen
+    ) as process:
         assert process.stderr is not None
         for line in process.stderr:
             if line.startswith("epoch 1/"):
