@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -50,20 +52,41 @@ def decoded_batches(
         results = parallel_map(decoder.__getitem__, (int(index) for batch in batches for index in batch))
         loader: Iterable[list[Any]] = ([next(results) for _ in batch] for batch in batches)
     else:
-        loader = DataLoader(
+        loader = _started(
             decoder,
-            batch_sampler=[batch.tolist() for batch in batches],
-            num_workers=num_workers,
-            collate_fn=_as_they_are,
-            # Its own generator: the loader would otherwise draw from torch's global one, whose state a
-            # resumed run has to find unchanged.
-            generator=torch.Generator().manual_seed(0),
+            [batch.tolist() for batch in batches],
+            num_workers,
         )
     for images in loader:
         for image in images:
             if isinstance(image, CveffError):
                 raise image
         yield np.stack(images)
+
+
+def _started(decoder: _Decoder, batches: list[list[int]], num_workers: int) -> Iterator[list[Any]]:
+    """Start the workers; SIGCHLD's handler is left as it was.
+
+    torch installs one that tells at once when a worker died, and leaves it there. Once OpenVINO is loaded, a process
+    crashes when that handler runs at the end of any child process, such as the one that measures memory. Without it
+    torch still finds a dead worker, within five seconds.
+    """
+    loader = DataLoader(
+        decoder,
+        batch_sampler=batches,
+        num_workers=num_workers,
+        collate_fn=_as_they_are,
+        # Its own generator: the loader would otherwise draw from torch's global one, whose state a
+        # resumed run has to find unchanged.
+        generator=torch.Generator().manual_seed(0),
+    )
+    is_main = threading.current_thread() is threading.main_thread()
+    earlier = signal.getsignal(signal.SIGCHLD) if is_main else None
+    try:
+        return iter(loader)
+    finally:
+        if earlier is not None:
+            signal.signal(signal.SIGCHLD, earlier)
 
 
 class _Decoder(Dataset[Any]):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import pickle
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -264,3 +266,29 @@ def test_settings_that_cannot_be(split: Split, call, message: str) -> None:
 def test_arrays_of_wrong_shape_or_type_are_refused(images, targets, message: str) -> None:
     with pytest.raises(DataError, match=message):
         MemorySplit("train", images, targets)
+
+
+def test_workers_leave_the_handler_of_ended_children_as_it_was(tmp_path: Path) -> None:
+    """torch's own stays behind, and with OpenVINO loaded it crashes the process when any child ends."""
+    code = f"""
+import signal, numpy as np
+from pathlib import Path
+from PIL import Image
+from cveff.data import Augmentation, load
+from cveff.runtime.input_spec import InputSpec
+random = np.random.default_rng(0)
+for split in ("train", "val"):
+    for label in ("a", "b"):
+        folder = Path({str(tmp_path)!r}) / split / label
+        folder.mkdir(parents=True)
+        for index in range(4):
+            pixels = random.integers(0, 256, (40, 44 + index, 3), np.uint8)
+            Image.fromarray(pixels).save(folder / f"{{index}}.png")
+train = load({str(tmp_path)!r}).train
+batches = train.training_batches(
+    InputSpec((32, 32)), 4, Augmentation(min_scale=0.5), num_classes=2, seed=0, epoch=0, num_workers=1
+)
+assert len(list(batches)) == 2
+assert signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
