@@ -20,6 +20,7 @@ import cveff.backbones  # noqa: F401  (registers cveff's own architectures with 
 from cveff.edits import Edit, edit_from_json, edit_to_json
 from cveff.errors import CheckpointError, CveffError, UnknownModelError
 from cveff.files import atomic_folder, write_json
+from cveff.runtime.errors import first_line
 from cveff.runtime.input_spec import InputSpec
 
 Task = Literal["classification"]
@@ -265,13 +266,13 @@ def read_state(path: str | Path) -> dict[str, torch.Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, RuntimeError, EOFError, ValueError, OSError, KeyError) as error:
         raise CheckpointError(
-            f"{path} is damaged or truncated ({_first_line(error)}); copy it again"
+            f"{path} is damaged or truncated ({first_line(error)}); copy it again"
         ) from error
     except Exception as error:
         if type(error).__name__ != "UnpicklingError":
             raise
         raise CheckpointError(
-            f"{path} is not a plain state dict ({_first_line(error)}); save model.state_dict() and load that"
+            f"{path} is not a plain state dict ({first_line(error)}); save model.state_dict() and load that"
         ) from error
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
@@ -308,7 +309,7 @@ def _create(architecture: str, arguments: Mapping[str, Any], pretrained: bool) -
         if not pretrained:
             raise
         raise CheckpointError(
-            f"pretrained weights of {architecture} cannot be had ({_first_line(error)}); check the network, "
+            f"pretrained weights of {architecture} cannot be had ({first_line(error)}); check the network, "
             "give a file with weights=…, or train without pretrained"
         ) from error
     return module
@@ -335,7 +336,3 @@ def _unknown_model(name: str) -> str:
     close = difflib.get_close_matches(name, timm.list_models(), n=5, cutoff=0.5)
     hint = f"did you mean {', '.join(close)}?" if close else "`cveff models` lists them."
     return f"no architecture is called {name!r}; {hint}"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -64,8 +64,7 @@ def check_out(out: str | Path) -> Path:
         while not parent.exists():
             parent = parent.parent
         # Permission bits do not tell (root, read-only mounts): only writing does.
-        with tempfile.TemporaryFile(dir=parent):
-            pass
+        tempfile.TemporaryFile(dir=parent).close()
     except OSError as error:
         raise CveffError(f"cannot write {path}: {error.strerror or error}; give another folder") from error
     return path

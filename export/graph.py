@@ -8,6 +8,7 @@ import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped, unused-ignore]
 
 from cveff.errors import ExportError
+from cveff.runtime.errors import first_line
 
 
 def read_onnx(path: str | Path) -> onnx.ModelProto:
@@ -84,9 +85,3 @@ def has_signed_activations(proto: onnx.ModelProto) -> bool:
 def kinds(proto: onnx.ModelProto) -> set[str]:
     """The operators that occur in the graph."""
     return {node.op_type for node in proto.graph.node}
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error that says something, or its type."""
-    lines = [line.strip() for line in str(error).splitlines()]
-    return next((line for line in lines if line), type(error).__name__)

@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from cveff.errors import EngineError, ExportError
-from cveff.export.graph import first_line
 from cveff.export.metadata import write_metadata
 from cveff.export.normalize import deployable
 from cveff.export.simplify import fold_scale, simplify
@@ -23,6 +22,7 @@ from cveff.files import atomic_path
 from cveff.measure.parity import relative_difference
 from cveff.model import Model
 from cveff.runtime.engines import open_file
+from cveff.runtime.errors import first_line
 
 _log = logging.getLogger(__name__)
 

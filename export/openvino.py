@@ -17,13 +17,13 @@ import onnx
 from cveff.errors import ExportError, MissingDependencyError
 from cveff.export.calibration import check_calibration
 from cveff.export.graph import (
-    first_line,
     has_attention,
     has_signed_activations,
     preprocessing_nodes,
     read_onnx,
 )
 from cveff.files import atomic_path
+from cveff.runtime.errors import first_line
 
 Preset = Literal["performance", "mixed"]
 

@@ -15,8 +15,9 @@ import onnx
 
 from cveff.errors import ExportError
 from cveff.export.calibration import batches, check_calibration
-from cveff.export.graph import first_line, has_layer_norms, preprocessing_nodes, read_onnx
+from cveff.export.graph import has_layer_norms, preprocessing_nodes, read_onnx
 from cveff.files import atomic_path
+from cveff.runtime.errors import first_line
 
 Method = Literal["minmax", "entropy", "percentile"]
 Activations = Literal["uint8", "int8"]

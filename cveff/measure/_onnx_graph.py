@@ -11,6 +11,7 @@ import numpy as np
 
 from cveff.errors import EngineError, MissingDependencyError
 from cveff.measure.onnx_modules import node_module
+from cveff.runtime.errors import first_line
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ class Exposed:
                 model.SerializeToString(), options, providers=["CPUExecutionProvider"]
             )
         except Exception as error:
-            raise EngineError(f"ONNX Runtime cannot open {graph.path}: {_first_line(error)}") from error
+            raise EngineError(f"ONNX Runtime cannot open {graph.path}: {first_line(error)}") from error
         types = {item.name: item.type for item in self._session.get_outputs()}
         self._input = graph.inputs[0]
         self._path = graph.path
@@ -172,7 +173,7 @@ class Exposed:
         try:
             values = self._session.run(names, {self._input: images})
         except Exception as error:
-            raise EngineError(f"ONNX Runtime failed on {self._path}: {_first_line(error)}") from error
+            raise EngineError(f"ONNX Runtime failed on {self._path}: {first_line(error)}") from error
         return dict(zip(names, values, strict=True))
 
 
@@ -200,7 +201,3 @@ def _import_onnxruntime() -> Any:
             "parity of ONNX files needs ONNX Runtime; pip install onnxruntime"
         ) from None
     return onnxruntime
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -12,6 +12,7 @@ from cveff.measure._onnx_graph import Exposed, Graph
 from cveff.measure.onnx_parity import compare_runs
 from cveff.measure.parity import LayerParity
 from cveff.measure.threads import usable_cores
+from cveff.runtime.errors import first_line
 
 
 def openvino_layer_parity(
@@ -53,7 +54,7 @@ def openvino_layer_parity(
         try:
             values = compiled([chunk])
         except RuntimeError as error:
-            raise EngineError(f"OpenVINO failed on {other}: {_first_line(error)}") from error
+            raise EngineError(f"OpenVINO failed on {other}: {first_line(error)}") from error
         return {name: np.asarray(values[index], dtype=np.float32) for name, index in names.items()}
 
     wanted = sorted(names, key=lambda name: name == output)
@@ -95,7 +96,7 @@ def _compile(
             model, "CPU", {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": threads}
         )
     except RuntimeError as error:
-        raise EngineError(f"OpenVINO cannot open {path}: {_first_line(error)}") from error
+        raise EngineError(f"OpenVINO cannot open {path}: {first_line(error)}") from error
     return compiled, names
 
 
@@ -105,7 +106,3 @@ def _after_quantization(output: Any) -> Any:
     if len(readers) == 1 and readers[0].get_type_name() == "FakeQuantize":
         return readers[0].output(0)
     return output
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -27,3 +27,9 @@ class BundleError(CveffError):
 
 class EngineError(CveffError):
     """An inference engine is not installed, cannot open the file, or failed while running."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error that says something, or its type: what is worth repeating of a library's message."""
+    lines = (line.strip() for line in str(error).splitlines())
+    return next((line for line in lines if line), type(error).__name__)

@@ -77,19 +77,17 @@ def usable_cores() -> int:
 
 
 def _quota() -> float | None:
-    """Cores granted by the container's CPU quota (cgroup v2, then v1), where there is one."""
+    """Cores granted by the container's CPU quota, where there is one: cgroup v2 or, without it, v1."""
+    folder = Path("/sys/fs/cgroup")
+    if (folder / "cpu.max").is_file():
+        files = [folder / "cpu.max"]  # "max 100000" or "150000 100000"
+    else:
+        files = [folder / "cpu" / "cpu.cfs_quota_us", folder / "cpu" / "cpu.cfs_period_us"]
     try:
-        limit, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
-        return int(limit) / int(period) if limit != "max" else None
+        amount, period = " ".join(file.read_text(encoding="ascii") for file in files).split()
     except (OSError, ValueError):
-        pass
-    try:
-        folder = Path("/sys/fs/cgroup/cpu")
-        amount = int((folder / "cpu.cfs_quota_us").read_text(encoding="ascii"))
-        period_us = int((folder / "cpu.cfs_period_us").read_text(encoding="ascii"))
-    except (OSError, ValueError):
-        return None
-    return amount / period_us if amount > 0 and period_us > 0 else None
+        return None  # no control groups
+    return int(amount) / int(period) if amount.isdigit() and int(amount) else None
 
 
 def _cpu_lines() -> dict[str, str]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from .errors import EngineError
-from .session import Session, check_options, first_line
+from .session import Session, check_options, engine_message
 
 OPTIONS = {"graph_optimizations": (True, False)}
 
@@ -42,7 +42,7 @@ class OnnxSession(Session):
                 str(path), sess_options=settings, providers=["CPUExecutionProvider"]
             )
         except Exception as error:  # its exceptions share no base class below Exception
-            raise EngineError(f"ONNX Runtime cannot open {path}: {first_line(error)}") from error
+            raise EngineError(f"ONNX Runtime cannot open {path}: {engine_message(error)}") from error
         inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
         output = next((item for item in outputs if item.name == "logits"), outputs[0])
         self._input, self._output = (inputs[0].name if inputs else ""), [output.name]
@@ -59,7 +59,7 @@ class OnnxSession(Session):
             return np.asarray(self._session.run(self._output, {self._input: images})[0], np.float32)
         except Exception as error:
             raise EngineError(
-                f"ONNX Runtime failed while running {self.path}: {first_line(error)}"
+                f"ONNX Runtime failed while running {self.path}: {engine_message(error)}"
             ) from error
 
     def _release(self) -> None:

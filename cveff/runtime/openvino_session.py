@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from .errors import EngineError
-from .session import Session, check_options, first_line
+from .session import Session, check_options, engine_message
 
 OPTIONS = {"inference_precision": ("f32", "bf16", "f16")}
 
@@ -54,7 +54,7 @@ class OpenVinoSession(Session):
             self._core: Any = openvino.Core()
             self._model: Any = self._core.read_model(str(path))
         except Exception as error:  # RuntimeError, and whatever the reader of the format raises
-            raise EngineError(f"OpenVINO cannot open {path}: {first_line(error)}") from error
+            raise EngineError(f"OpenVINO cannot open {path}: {engine_message(error)}") from error
         inputs, outputs = self._model.inputs, self._model.outputs
         output = next((item for item in outputs if "logits" in item.get_names()), outputs[0])
         self._output = outputs.index(output)
@@ -78,7 +78,7 @@ class OpenVinoSession(Session):
                     start += size
             except Exception as error:
                 raise EngineError(
-                    f"OpenVINO failed while running {self.path}: {first_line(error)}"
+                    f"OpenVINO failed while running {self.path}: {engine_message(error)}"
                 ) from error
         return logits[0] if len(logits) == 1 else np.concatenate(logits)
 

@@ -149,7 +149,7 @@ def check_options(
     return options
 
 
-def first_line(error: BaseException) -> str:
+def engine_message(error: BaseException) -> str:
     """An engine's message without the stack it prints."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(lines[:2])[:400] if lines else type(error).__name__
