@@ -37,6 +37,7 @@ def test_flags_are_whole_words_of_the_processors_list() -> None:
 )
 def test_x86_and_arm_lists(monkeypatch: pytest.MonkeyPatch, text: str, expected: list[str]) -> None:
     monkeypatch.setattr(machine.Path, "is_file", lambda _: True)
+    monkeypatch.setattr(machine.Path, "is_file", lambda _: True)
     monkeypatch.setattr(machine.Path, "read_text", lambda *_, **__: text)
     assert machine.isa() == expected
 
