@@ -36,8 +36,6 @@ def test_flags_are_whole_words_of_the_processors_list() -> None:
     ],
 )
 def test_x86_and_arm_lists(monkeypatch: pytest.MonkeyPatch, text: str, expected: list[str]) -> None:
-    monkeypatch.setattr(machine.Path, "is_file", lambda _: True)
-    monkeypatch.setattr(machine.Path, "is_file", lambda _: True)
     monkeypatch.setattr(machine.Path, "read_text", lambda *_, **__: text)
     assert machine.isa() == expected
 
@@ -56,5 +54,6 @@ def test_missing_flags(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_container_quota_limits_the_cores(monkeypatch: pytest.MonkeyPatch, text: str, cores: int) -> None:
     monkeypatch.setattr(machine.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
     monkeypatch.setattr(machine.sys, "platform", "linux")
+    monkeypatch.setattr(machine.Path, "is_file", lambda _: True)
     monkeypatch.setattr(machine.Path, "read_text", lambda *_, **__: text)
     assert machine.usable_cores() == cores
