@@ -120,7 +120,7 @@ def _gradients(
                     continue
                 if not bool(torch.isfinite(gradient).all()):
                     raise StepError(
-                        f"the gradient of {name} is not finite on the calibration images (loss {float(loss):g}); "
+                        f"the gradient of {name} is not finite on the calibration images (loss {loss.item():g}); "
                         "check the weights, or use importance='magnitude'"
                     )
                 gradients[name] = gradient.detach()
