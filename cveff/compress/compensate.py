@@ -192,16 +192,17 @@ def _repair(
     residual = mean - torch.einsum("gck,gk->gc", mapping, mean[:, stay])  # E[x − A x_K]
     lost = torch.einsum("goct,gc->go", kernels, residual).reshape(-1)  # mean of the error, (out,)
 
-    before = kernels.clone()
-    before[:, :, stay] = 0
-    energy = _energy(kernels, second)
-    repaired = _energy(kernels - new, second)
-    if shift is not None:
-        # Taps are summed as if each saw the mean by itself, as `_energy` does, so the two compare.
-        offsets = torch.einsum("goct,gc->got", kernels, residual)
-        repaired = repaired - float(offsets.square().sum())
-    scale = max(energy, 1e-300)
-    result.errors[path] = (_energy(before, second) / scale, max(repaired, 0.0) / scale)
+    # Only dropped channels are replaced by something else, so errors lie in their block; taps are taken as
+    # uncorrelated: the energy of an output is Σ over taps of wᵀ E[x xᵀ] w.
+    gone = torch.from_numpy(np.flatnonzero(~kept)).to(device)
+    across, among = mapping[:, gone], centred[:, gone][:, :, gone]
+    mixed = across @ centred[:, stay][:, :, gone]
+    left = among - mixed - mixed.mT + across @ block @ across.mT  # covariance of x_D − A x_K
+    rows = kernels.movedim(3, 2).flatten(1, 2)  # (groups, out · taps, C)
+    gram = rows[:, :, gone].mT @ rows[:, :, gone]
+    energy = max(float(((rows.float() @ second.float()) * rows).sum()), 1e-300)
+    before, after = ((gram * errors).sum() for errors in (second[:, gone][:, :, gone], left))
+    result.errors[path] = (float(before) / energy, max(float(after), 0.0) / energy)
 
     like = layer.weight
     result.state[f"{path}.weight"] = new.reshape(weight.shape).to(like.device, like.dtype)
@@ -210,11 +211,6 @@ def _repair(
         # A batch norm subtracts its running mean, so the error's mean leaves it; a bias is added.
         sign = 1.0 if shift.endswith(".bias") else -1.0
         result.state[shift] = (old.double() + sign * lost.to(old.device)).to(old.dtype)
-
-
-def _energy(kernels: Tensor, second: Tensor) -> float:
-    """Σ over outputs and taps of wᵀ E[x xᵀ] w, taps taken as uncorrelated."""
-    return float(torch.einsum("goct,gcd,godt->", kernels, second, kernels))
 
 
 def norms_behind(trace: Trace) -> dict[str, str]:

@@ -90,7 +90,7 @@ def magnitude(module: nn.Module, groups: Sequence[Group]) -> dict[str, np.ndarra
         for member in group.members:
             if member.parameter not in parameters or is_bias(member):
                 continue
-            squares = per_index(parameters[member.parameter].detach().double().square(), member.dim)
+            squares = per_index(parameters[member.parameter].detach().float().square(), member.dim)
             norms = per_unit(squares, member.units, group.size)
             finite(norms, f"{group.name} ({member.parameter})", "magnitude")
             if norms.mean() > 0:

@@ -74,9 +74,11 @@ def _consumed(layer: Layer, energy: Tensor) -> Tensor:
     """E[x_c²] · ‖W[:, c]‖² by index of the weight's dimension 1; `energy`: (input channels,)."""
     weight = layer.weight.detach()
     if isinstance(layer, nn.Linear):
-        return per_index(weight.double().square(), 1).cpu() * energy
+        return per_index(weight.float().square(), 1).cpu() * energy
     # Index j of a grouped kernel stands for the j-th channel of each of the groups.
-    parts = weight.double().square().flatten(2).sum(2).view(layer.groups, -1, weight.shape[1])
+    parts = (
+        weight.float().square().flatten(2).sum(2, dtype=torch.float64).view(layer.groups, -1, weight.shape[1])
+    )
     return (parts.sum(1).cpu() * energy.view(layer.groups, -1)).sum(0)
 
 

@@ -17,9 +17,7 @@ if TYPE_CHECKING:
 
 def per_index(tensor: Tensor, dim: int) -> Tensor:
     """Sum `tensor` over every dimension but `dim`: (tensor.shape[dim],) float64."""
-    others = [other for other in range(tensor.ndim) if other != dim % tensor.ndim]
-    values = tensor.double()
-    return values.sum(dim=others) if others else values
+    return tensor.movedim(dim, 0).reshape(tensor.shape[dim], -1).sum(1, dtype=torch.float64)
 
 
 def per_unit(values: Tensor, units: np.ndarray, size: int) -> np.ndarray:

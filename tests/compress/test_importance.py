@@ -71,7 +71,7 @@ def test_magnitude_is_the_mean_of_each_members_norm_over_its_mean(convnet) -> No
     for weight, dim in ((module.conv1.weight, 0), (module.bn.weight, 0), (module.conv2.weight, 1)):
         squares = weight.detach().double().movedim(dim, 0).reshape(8, -1).square().sum(1).numpy()
         expected += squares / squares.mean() / 3
-    np.testing.assert_allclose(score(module, known.groups, "magnitude")["conv1"], expected, rtol=1e-12)
+    np.testing.assert_allclose(score(module, known.groups, "magnitude")["conv1"], expected, rtol=1e-6)
 
 
 def test_magnitude_does_not_depend_on_a_members_scale(convnet) -> None:
@@ -91,7 +91,7 @@ def test_units_of_several_indices_are_judged_whole(convnet) -> None:
     )
     single = score(known.module, known.groups, "magnitude")["conv1"]
     pairs = score(known.module, [Group("pairs", 4, members, "")], "magnitude")["pairs"]
-    np.testing.assert_allclose(pairs, single.reshape(4, 2).mean(1), rtol=1e-12)
+    np.testing.assert_allclose(pairs, single.reshape(4, 2).mean(1), rtol=1e-6)
 
 
 def test_taylor_is_the_first_order_change_of_the_loss(convnet, images) -> None:
