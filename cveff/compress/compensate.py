@@ -172,40 +172,36 @@ def _repair(
     mean, second = moments.means()  # (groups, C), (groups, C, C)
     device = mean.device
     stay = torch.from_numpy(np.flatnonzero(kept)).to(device)
+    gone = torch.from_numpy(np.flatnonzero(~kept)).to(device)
     centred = second - mean[:, :, None] * mean[:, None, :] if shift is not None else second
-    weight = layer.weight.detach().double().to(device)
-    kernels = weight.reshape(
-        moments.num_groups, -1, weight.shape[1], weight[0, 0].numel()
-    )  # (groups, out, C, taps)
-
-    block = centred[:, stay][:, :, stay]  # (groups, K, K)
-    ridge = damping * block.diagonal(dim1=1, dim2=2).mean(1)
+    among = centred[:, stay][:, :, stay]  # (groups, K, K)
+    between = centred[:, stay][:, :, gone]  # (groups, K, D)
+    ridge = damping * among.diagonal(dim1=1, dim2=2).mean(1)
     # Channels that are always 0 would leave the matrix singular: the smallest ridge that float64 resolves.
     ridge = ridge.clamp_min(1e-12 * float(centred.diagonal(dim1=1, dim2=2).mean()) + 1e-30)
-    # x ≈ A x_K: (groups, C, K). Kept channels stand for themselves, whatever the ridge makes of them.
-    damped = block + ridge[:, None, None] * torch.eye(len(stay), device=device, dtype=block.dtype)
-    mapping = torch.linalg.solve(damped, centred[:, stay]).mT
-    mapping[:, stay] = torch.eye(len(stay), device=device, dtype=mapping.dtype)
+    damped = among + torch.diag_embed(ridge[:, None].expand(-1, len(stay)))
+    stand_in = torch.linalg.solve(damped, between).mT  # x_D ≈ A x_K (+ its mean error): (groups, D, K)
 
-    new = torch.zeros_like(kernels)
-    new[:, :, stay] = torch.einsum("goct,gck->gokt", kernels, mapping)
-    residual = mean - torch.einsum("gck,gk->gc", mapping, mean[:, stay])  # E[x − A x_K]
-    lost = torch.einsum("goct,gc->go", kernels, residual).reshape(-1)  # mean of the error, (out,)
+    weight = layer.weight.detach().double().to(device)
+    rows = weight.reshape(moments.num_groups, -1, *weight.shape[1:2], weight[0, 0].numel())
+    rows = rows.movedim(3, 2)  # (groups, out, taps, C)
+    lost_rows = rows[..., gone].flatten(1, 2)  # (groups, out · taps, D)
+    new = torch.zeros_like(rows)
+    new[..., stay] = rows[..., stay] + (lost_rows @ stand_in).view(*rows.shape[:3], -1)
+    residual = mean[:, gone] - (stand_in @ mean[:, stay, None])[..., 0]  # E[x_D − A x_K]: (groups, D)
+    lost = torch.einsum("gotd,gd->go", rows[..., gone], residual).reshape(-1)  # mean of the error, (out,)
 
-    # Only dropped channels are replaced by something else, so errors lie in their block; taps are taken as
-    # uncorrelated: the energy of an output is Σ over taps of wᵀ E[x xᵀ] w.
-    gone = torch.from_numpy(np.flatnonzero(~kept)).to(device)
-    across, among = mapping[:, gone], centred[:, gone][:, :, gone]
-    mixed = across @ centred[:, stay][:, :, gone]
-    left = among - mixed - mixed.mT + across @ block @ across.mT  # covariance of x_D − A x_K
-    rows = kernels.movedim(3, 2).flatten(1, 2)  # (groups, out · taps, C)
-    gram = rows[:, :, gone].mT @ rows[:, :, gone]
-    energy = max(float(((rows.float() @ second.float()) * rows).sum()), 1e-300)
+    # Taps are taken as uncorrelated: the energy of an output is Σ over taps of wᵀ E[x xᵀ] w.
+    gram = lost_rows.mT @ lost_rows
+    mixed = stand_in @ between
+    left = centred[:, gone][:, :, gone] - mixed - mixed.mT + stand_in @ among @ stand_in.mT  # of x_D − A x_K
+    whole = rows.flatten(1, 2).float()
+    energy = max(float(((whole @ second.float()) * whole).sum()), 1e-300)
     before, after = ((gram * errors).sum() for errors in (second[:, gone][:, :, gone], left))
     result.errors[path] = (float(before) / energy, max(float(after), 0.0) / energy)
 
     like = layer.weight
-    result.state[f"{path}.weight"] = new.reshape(weight.shape).to(like.device, like.dtype)
+    result.state[f"{path}.weight"] = new.movedim(2, 3).reshape(weight.shape).to(like.device, like.dtype)
     if shift is not None:
         old = module.state_dict()[shift]
         # A batch norm subtracts its running mean, so the error's mean leaves it; a bias is added.
