@@ -32,6 +32,7 @@ from cveff.compress.trace import Trace
 from cveff.compress.union_find import NONE, UnionFind
 
 Attention = Literal["heads", "head_dims"]
+Role = Literal["out", "in", "scale"]
 
 LARGEST_TABLE = 2_000_000
 """Elements of a parameter that may be followed one by one."""
@@ -85,7 +86,7 @@ class Ownership:
         self.values: dict[str, Any] = {}
         self.weights: dict[tuple[str, int], np.ndarray] = {}
         self.tables: dict[str, torch.Tensor] = {}
-        self.roles: dict[tuple[str, int], str] = {}
+        self.roles: dict[tuple[str, int], Role] = {}
         self.normalizers: set[str] = set()
         self.grouped: dict[str, tuple[str, int]] = {}
         self.norm_groups: dict[str, int] = {}
@@ -93,10 +94,6 @@ class Ownership:
         self._fresh: dict[str, np.ndarray] = {}
         self._strict = False
         self._rules: dict[str, Callable[[torch.fx.Node], Any]] = self._table_of_rules()
-        state = trace.program.state_dict
-        for name, path in trace.parameters.items():
-            if path in state and not state[path].is_floating_point():
-                self._concrete[name] = state[path].detach()
         self._settle()
         self._strict = True
         self._settle()
@@ -172,7 +169,7 @@ class Ownership:
                 atom = self._frozen_atom(f"parameter {path} is computed with before it is used")
                 self.tables[path] = torch.from_numpy(atom).expand(shape or (1,)).reshape(shape)
             else:
-                self.tables[path] = torch.from_numpy(self.sets.new(count)).reshape(shape)
+                self.tables[path] = torch.from_numpy(self.sets.new(count, is_made=False)).reshape(shape)
         return self._canonical(self.tables[path])
 
     def _tensors(self, node: torch.fx.Node) -> list[torch.Tensor]:
@@ -181,7 +178,7 @@ class Ownership:
     def _canonical(self, owners: Any) -> Any:
         return canonical(owners, self.sets) if isinstance(owners, torch.Tensor) else owners
 
-    def _weight(self, path: str, dim: int, size: int, role: str = "out") -> np.ndarray:
+    def _weight(self, path: str, dim: int, size: int, role: Role = "out") -> np.ndarray:
         """The owners that a parameter's dimension brings into being."""
         key = (path, dim)
         if key not in self.weights:
@@ -189,7 +186,7 @@ class Ownership:
             self.roles[key] = role
         return self.sets.find(self.weights[key])
 
-    def _use(self, path: str, dim: int, owners: np.ndarray, role: str) -> None:
+    def _use(self, path: str, dim: int, owners: np.ndarray, role: Role) -> None:
         """A parameter's dimension follows `owners`."""
         key = (path, dim)
         self.roles.setdefault(key, role)
@@ -347,7 +344,11 @@ class Ownership:
     def _combine_two(self, first: torch.Tensor, second: torch.Tensor, where: str) -> torch.Tensor:
         changing = set(varying(first)), set(varying(second))
         only_first, only_second = changing[0] - changing[1], changing[1] - changing[0]
-        if only_first or only_second:
+        if only_first and only_second and self._is_made(first) != self._is_made(second):
+            return first if self._is_made(first) else second  # a table that all channels share
+        # Entries of a table (relative positions) go with the one channel they are added to.
+        table = (only_first and not self._is_made(first)) or (only_second and not self._is_made(second))
+        if (only_first or only_second) and not table:
             if not self._strict:
                 return first if len(changing[0]) >= len(changing[1]) else second
             # One value meets several channels of the other: it has to stay while they may go.
@@ -363,6 +364,10 @@ class Ownership:
         if self._strict and alone.any():
             self.sets.freeze(np.concatenate([a[alone], b[alone]]), f"{where} combines it with a constant")
         return self._canonical(torch.maximum(first, second))
+
+    def _is_made(self, owners: torch.Tensor) -> bool:
+        """Whether a weight makes any of a value's channels."""
+        return bool(self.sets.is_made(compact(owners).reshape(-1).numpy()).any())
 
     def _convolve(self, node: torch.fx.Node) -> torch.Tensor:
         path = self._parameter(node.args[1])
@@ -412,7 +417,9 @@ class Ownership:
             return
         path = self._parameter(bias)
         if path is None:
-            self.sets.freeze(outputs, f"the bias of {self._where(node)} is computed")
+            value = self.value(bias)  # type: ignore[arg-type]
+            made = _channel(self.sets.find(outputs), 0, (len(outputs),))
+            self._combine([made, value], (len(outputs),), self._where(node))
         else:
             self._use(path, 0, outputs, "out")
 
