@@ -7,7 +7,7 @@ Fang et al., "DepGraph: Towards Any Structural Pruning" (CVPR 2023) names the pr
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +17,6 @@ from torch import nn
 from cveff.compress.held_sizes import held_sizes
 from cveff.compress.layout import stays
 from cveff.compress.owners import along, canonical, varying
-from cveff.compress.layout import stays
 from cveff.compress.ownership import Ownership, Role
 from cveff.compress.prune_channels import PruneChannels
 from cveff.compress.trace import Trace
@@ -75,6 +74,8 @@ class Analysis:
         normalizers: names of nodes that take statistics over channels: over those that stay, once some are gone.
         grouped: path of a grouped convolution's weight -> number of groups, where its groups are units.
         norm_groups: node name -> number of groups of a group norm.
+        flexible: paths of modules whose code writes its input's width into a reshape.
+        unrelated: (module path, attribute) pairs that only happen to hold the size of something that shrinks.
     """
 
     trace: Trace
@@ -85,6 +86,8 @@ class Analysis:
     normalizers: frozenset[str]
     grouped: Mapping[str, int]
     norm_groups: Mapping[str, int]
+    flexible: frozenset[str] = frozenset()
+    unrelated: frozenset[tuple[str, str]] = frozenset()
 
     def masks(self, keep: Mapping[str, np.ndarray]) -> list[np.ndarray]:
         """One bool array a group, in order; groups that `keep` does not name stay whole.
@@ -95,11 +98,15 @@ class Analysis:
         sizes = {group.name: group.size for group in self.groups}
         for name, mask in keep.items():
             if name not in sizes:
-                raise StepError(f"no group of channels is called {name!r}; known: {', '.join(list(sizes)[:5])}, …")
+                raise StepError(
+                    f"no group of channels is called {name!r}; known: {', '.join(list(sizes)[:5])}, …"
+                )
             if len(mask) != sizes[name]:
                 raise StepError(f"{name} has {sizes[name]} units and the mask {len(mask)}")
             if not np.any(mask):
-                raise StepError(f"nothing of {name} would be left; keep at least one of its {sizes[name]} units")
+                raise StepError(
+                    f"nothing of {name} would be left; keep at least one of its {sizes[name]} units"
+                )
         return [np.asarray(keep.get(group.name, np.ones(group.size)), bool) for group in self.groups]
 
     def shapes(self, keep: Mapping[str, np.ndarray]) -> dict[str, tuple[int, ...]]:
@@ -112,7 +119,11 @@ class Analysis:
         shapes = dict(self.trace.shapes)
         layouts = {
             **self.values,
-            **{name: self.parameters[path] for name, path in self.trace.parameters.items() if path in self.parameters},
+            **{
+                name: self.parameters[path]
+                for name, path in self.trace.parameters.items()
+                if path in self.parameters
+            },
         }
         for name, dims in layouts.items():
             shape = list(shapes[name])
@@ -134,7 +145,7 @@ class Analysis:
                 staying = stays(layout, masks)
                 if not staying.all():
                     slices.setdefault(path, {})[str(dim)] = np.flatnonzero(staying).tolist()
-        return PruneChannels(slices, held_sizes(self, masks, module))
+        return PruneChannels(slices, held_sizes(self, masks, module), tuple(sorted(self.flexible)))
 
 
 def find_groups(ownership: Ownership, refused: Mapping[str, str] | None = None) -> Analysis:
@@ -159,7 +170,9 @@ def find_groups(ownership: Ownership, refused: Mapping[str, str] | None = None) 
     frozen: list[Group] = []
     where: dict[int, tuple[int, int]] = {}
     names: dict[str, int] = defaultdict(int)
-    for keys, roots in sorted(families.items(), key=lambda item: min(makers.get(key, 10**9) for key in item[0])):
+    for keys, roots in sorted(
+        families.items(), key=lambda item: min(makers.get(key, 10**9) for key in item[0])
+    ):
         first = min((key for key in keys if key in makers), key=makers.__getitem__)
         base = first[0].rpartition(".")[0] or first[0]
         reasons = sets.reason(np.asarray(roots))

@@ -21,7 +21,7 @@ from cveff.compress.ownership import operator_name
 if TYPE_CHECKING:
     from cveff.compress.groups import Analysis
 
-_SHAPED = frozenset("view reshape expand unflatten repeat new_zeros zeros".split())
+_SHAPED = frozenset(["view", "reshape", "expand", "unflatten", "repeat", "new_zeros", "zeros"])
 _TORCH = (nn.Linear, nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.Sequential)
 
 
@@ -37,7 +37,9 @@ def held_sizes(
             continue
         name, path = operator_name(node), analysis.trace.modules[node.name]
         if name in _SHAPED:
-            _compare(analysis.trace.shapes[node.name], _left(analysis, node, masks), sizes[path])
+            before, after = list(analysis.trace.shapes[node.name]), _left(analysis, node, masks)
+            _compare(before, after, sizes[path])
+            lists[path].append((before, after))
         elif name in ("split", "split_with_sizes"):
             before, after = _parts(analysis, node, masks)
             _compare(before, after, sizes[path])
@@ -62,7 +64,10 @@ def held_sizes(
     for path in {*sizes, *lists}:
         owner = module.get_submodule(path)
         if not isinstance(owner, _TORCH):
-            found[path] |= _attributes(owner, sizes[path], lists[path])
+            held = _attributes(owner, sizes[path], lists[path])
+            found[path] |= {
+                key: value for key, value in held.items() if (path, key) not in analysis.unrelated
+            }
     return {path: values for path, values in found.items() if values}
 
 
@@ -97,7 +102,9 @@ def _left(analysis: Analysis, node: torch.fx.Node, masks: Sequence[np.ndarray]) 
     return shape
 
 
-def _parts(analysis: Analysis, node: torch.fx.Node, masks: Sequence[np.ndarray]) -> tuple[list[int], list[int]]:
+def _parts(
+    analysis: Analysis, node: torch.fx.Node, masks: Sequence[np.ndarray]
+) -> tuple[list[int], list[int]]:
     """Sizes of a split's parts, before and after."""
     dim = node.kwargs.get("dim", node.args[2] if len(node.args) > 2 else 0)
     parts = sorted((int(user.args[1]), user) for user in node.users)  # type: ignore[arg-type]
@@ -123,4 +130,3 @@ def _cut(analysis: Analysis, node: torch.fx.Node, masks: Sequence[np.ndarray]) -
         return bounds, bounds
     staying = stays(layout, masks)
     return bounds, [int(staying[:bound].sum()) for bound in bounds]
-

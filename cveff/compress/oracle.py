@@ -54,9 +54,7 @@ def zeroed(analysis: Analysis, keep: Mapping[str, np.ndarray], images: torch.Ten
     return torch.cat(outputs)
 
 
-def _without(
-    tensor: torch.Tensor, dims: Mapping[int, np.ndarray], masks: list[np.ndarray]
-) -> torch.Tensor:
+def _without(tensor: torch.Tensor, dims: Mapping[int, np.ndarray], masks: list[np.ndarray]) -> torch.Tensor:
     result = tensor.clone()
     for dim, layout in dims.items():
         gone = torch.from_numpy(np.flatnonzero(~stays(layout, masks)))

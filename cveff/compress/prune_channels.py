@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from cveff.compress.flexible import make_flexible
 from cveff.errors import CheckpointError
 
 
@@ -20,10 +21,12 @@ class PruneChannels:
     Attributes:
         keep: path of a parameter or buffer -> dimension (as text) -> indices that stay, ascending.
         attributes: path of a module -> attribute -> value, for sizes that its code holds (`num_heads`, `groups`).
+        flexible: paths of modules whose reshapes must follow their tensors; see `flexible.py`.
     """
 
     keep: Mapping[str, Mapping[str, Sequence[int]]]
     attributes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    flexible: Sequence[str] = ()
 
     kind: ClassVar[str] = "prune_channels"
 
@@ -51,6 +54,9 @@ class PruneChannels:
                 setattr(owner, name, tuple(value) if isinstance(value, list) else value)
         for owner in touched.values():
             _follow_weights(owner)
+        for path in self.flexible:
+            _submodule(module, path, path)
+            make_flexible(module, path)
         return module
 
 
@@ -90,9 +96,7 @@ def _follow_weights(owner: nn.Module) -> None:
     elif isinstance(owner, _NormBase):
         statistics = owner.running_mean if weight is None else weight
         owner.num_features = len(statistics) if statistics is not None else owner.num_features
-    elif isinstance(owner, nn.LayerNorm) and isinstance(weight, torch.Tensor):
-        owner.normalized_shape = tuple(weight.shape)
-    elif isinstance(owner, nn.RMSNorm) and isinstance(weight, torch.Tensor):
+    elif (isinstance(owner, nn.LayerNorm) and isinstance(weight, torch.Tensor)) or (isinstance(owner, nn.RMSNorm) and isinstance(weight, torch.Tensor)):
         owner.normalized_shape = tuple(weight.shape)
     elif isinstance(owner, nn.GroupNorm) and isinstance(weight, torch.Tensor):
         owner.num_channels = len(weight)
