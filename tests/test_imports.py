@@ -23,6 +23,7 @@ LEVELS: list[list[str]] = [
     ["cveff.backbones.fold", "cveff.backbones.reparameterize"],
     ["cveff.train"],
     ["cveff.export"],
+    ["cveff.apply"],
     ["cveff.model_zoo"],
     ["cveff.recipe", "cveff.subject"],
     ["cveff.recipe_text"],
