@@ -17,7 +17,11 @@ from cveff.errors import CheckpointError
 _HOME = {
     "reparameterize": "cveff.backbones.reparameterize:Reparameterize",
     "fold_batch_norm": "cveff.backbones.fold:FoldedBatchNorm",
+<<<<<<< HEAD
     "prune_channels": "cveff.compress.prune_channels:PruneChannels",
+=======
+    "sparsity": "cveff.compress.sparsity:Sparsity",
+>>>>>>> distill
 }
 
 
