@@ -19,6 +19,7 @@ _HOME = {
     "fold_batch_norm": "cveff.backbones.fold:FoldedBatchNorm",
     "drop_blocks": "cveff.compress.drop_blocks:DropBlocks",
     "prune_channels": "cveff.compress.prune_channels:PruneChannels",
+    "sparsity": "cveff.compress.sparsity:Sparsity",
 }
 
 
