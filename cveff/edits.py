@@ -17,6 +17,9 @@ from cveff.errors import CheckpointError
 _HOME = {
     "reparameterize": "cveff.backbones.reparameterize:Reparameterize",
     "fold_batch_norm": "cveff.backbones.fold:FoldedBatchNorm",
+    "drop_blocks": "cveff.compress.drop_blocks:DropBlocks",
+    "prune_channels": "cveff.compress.prune_channels:PruneChannels",
+    "sparsity": "cveff.compress.sparsity:Sparsity",
 }
 
 
