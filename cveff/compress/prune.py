@@ -57,7 +57,7 @@ class Prune:
     macs: float | None = None
     parameters: float | None = None
     ratio: float | None = None
-    importance: Criterion = "taylor"
+    importance: Criterion = "activation"
     scope: PruneScope = "global"
     sensitivity: bool = True
     attention: Attention = "heads"
