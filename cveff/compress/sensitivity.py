@@ -10,8 +10,10 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from cveff.compress.analysis import light_copy
+from cveff.compress.batch_norm import recalibrate_batch_norm
 from cveff.compress.groups import Analysis, Group
 from cveff.compress.samples import Batches, evaluation, require_batches
 from cveff.compress.scopes import choices, keep_best, normalized
@@ -71,7 +73,7 @@ def measured_curves(
 ) -> dict[str, Curve]:
     """Prune each group alone and see how far the network's answers move: mean KL(dense ‖ pruned) over images.
 
-    Yang et al., "NetAdapt" (ECCV 2018), measure every layer's effect the same way; we do it once, not every round.
+    Batch norms are re-estimated before, as they are when a cut is carried out. Yang et al., "NetAdapt" (ECCV 2018), measure every layer's effect the same way; we do it once, not every round.
 
     Args:
         batches: images; as many of them are used as `seconds` allow, at least one batch.
@@ -98,9 +100,18 @@ def measured_curves(
             for count in points[group.name]:
                 keep = {group.name: keep_best(scores[group.name], count)}
                 small = analysis.edit(keep, module).apply(light_copy(module)).eval()
+                _recalibrate(small, given[:number])
                 losses[count] = _divergence(small, given[:number], dense, group.name)
             curves[group.name] = _curve(group, losses, round_to, min_fraction)
     return curves
+
+
+def _recalibrate(small: nn.Module, batches: Batches) -> None:
+    """Batch norms see the channels that are left, as they will when the cut is carried out."""
+    for norm in small.modules():
+        if isinstance(norm, _BatchNorm) and norm.running_mean is not None and norm.running_var is not None:
+            norm.running_mean, norm.running_var = norm.running_mean.clone(), norm.running_var.clone()
+    recalibrate_batch_norm(small, batches)
 
 
 def _divergence(
