@@ -94,7 +94,7 @@ class LatencyModel:
             raise CveffError("a model's time is not a positive number of milliseconds; measure it again")
         sums = np.array([table.milliseconds(network).sum() for network in networks])
         counts = np.array([len(network) for network in networks], dtype=float)
-        scale, per_block = _least_absolute(np.stack([sums, counts], axis=1) / times[:, None])
+        scale, per_block = least_absolute(np.stack([sums, counts], axis=1) / times[:, None])
         return cls(table, scale, per_block, len(times))
 
     def save(self) -> Path:
@@ -135,7 +135,7 @@ def _checked(values: Any) -> dict[str, Any]:
     return {"scale": scale, "per_block": per_block, "num_models": int(values["num_models"])}
 
 
-def _least_absolute(features: np.ndarray) -> tuple[float, float]:
+def least_absolute(features: np.ndarray) -> tuple[float, float]:
     """Weights w ≥ 0 with the least mean |features · w - 1|, by iteratively reweighted least squares: a model that the
     machine disturbed while it was timed hardly counts. features: (models, 2)."""
     weights, found = np.ones(len(features)), np.zeros(2)
