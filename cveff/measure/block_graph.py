@@ -99,10 +99,8 @@ class _Graph:
             "relu6": [np.float32(0), np.float32(6)],
             "pow": [np.float32(2)],
         }.get(name, [])
-        attributes = {"alpha": 1 / 6, "beta": 0.5} if name == "hardsigmoid" else {}
-        return self.add(
-            UNARY[name], [value, *(self.constant(np.asarray(item)) for item in extra)], **attributes
-        )
+        slope: dict[str, object] = {"alpha": 1 / 6, "beta": 0.5} if name == "hardsigmoid" else {}
+        return self.add(UNARY[name], [value, *(self.constant(np.asarray(item)) for item in extra)], **slope)
 
 
 def _conv(graph: _Graph, block: Block, names: list[str]) -> str:
