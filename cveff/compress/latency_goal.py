@@ -12,6 +12,7 @@ from cveff.compress.latency_model import LatencyModel
 from cveff.compress.sensitivity import Cost
 from cveff.compress.sizes import Sizes
 from cveff.errors import StepError
+from cveff.measure.block_latency import BlockLatency
 from cveff.model import Model, with_module
 from cveff.progress import Progress
 from cveff.steps import ModelTimer
@@ -45,7 +46,7 @@ class LatencyGoal:
         self._model, self._reference, self._analysis, self._sizes = model, reference, analysis, sizes
         self._timer, self._progress = timer, progress
         self._milliseconds = float("nan")
-        self._predictor = LatencyModel.load(timer.engine, timer.threads)
+        self._predictor = LatencyModel.load(BlockLatency(timer.engine, timer.threads))
 
     def reach(self, counts_for: Callable[[Cost, float], dict[str, int]], share: float) -> dict[str, int]:
         """Counts whose exported file takes at most `share` of the reference's time, and little less.
