@@ -17,6 +17,7 @@ from cveff.errors import CheckpointError
 _HOME = {
     "reparameterize": "cveff.backbones.reparameterize:Reparameterize",
     "fold_batch_norm": "cveff.backbones.fold:FoldedBatchNorm",
+    "low_rank": "cveff.compress.low_rank_edit:LowRankEdit",
 }
 
 

@@ -22,6 +22,7 @@ LEVELS: list[list[str]] = [
     ["cveff.steps"],
     ["cveff.backbones.fold", "cveff.backbones.reparameterize"],
     ["cveff.train"],
+    ["cveff.compress"],
     ["cveff.export"],
     ["cveff.model_zoo"],
     ["cveff.recipe", "cveff.subject"],
