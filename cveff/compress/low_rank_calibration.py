@@ -1,8 +1,10 @@
-"""What `LowRank` learns by running the network: which layers can be replaced, what reaches them, how much they matter."""
+"""What `LowRank` learns by running the network.
+
+Which layers can be replaced, what reaches them, and how much an error of theirs matters.
+"""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -190,14 +192,16 @@ def sensitivities(
     handles = [module.get_submodule(path).register_forward_hook(note(path)) for path in paths]
     seen = 0
     try:
-        for images in itertools.takewhile(lambda _: seen < num_images, batches()):
-            images = images[: num_images - seen].requires_grad_()
+        for batch in batches():
+            images = batch[: num_images - seen].requires_grad_()
             seen += len(images)
             with torch.enable_grad():
                 logits = module(images).float()
                 answers = torch.multinomial(logits.detach().softmax(1).cpu(), 1, generator=generator)
                 loss = F.cross_entropy(logits, answers[:, 0].to(logits.device), reduction="sum")
                 torch.autograd.grad(loss, images)
+            if seen >= num_images:
+                break
     finally:
         for handle in handles:
             handle.remove()

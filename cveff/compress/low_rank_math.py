@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 DAMPING = 1e-3
-"""Share of the mean variance added to every input's own: directions that calibration images never showed still count."""
+"""Share of the mean variance added to every input's own: directions that no calibration image shows still count."""
 
 _RIDGE = 1e-9
 """Relative ridge of the last factor's least squares, for columns that carry nothing."""
