@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from cveff import runtime
+    from cveff.apply import apply
     from cveff.edits import Edit
     from cveff.errors import CveffError
     from cveff.export.bench import bench
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from cveff.export.verify import verify
     from cveff.model import Model, ModelSpec, create, load, save
     from cveff.runtime.input_spec import InputSpec
-    from cveff.steps import Run, Step, apply
+    from cveff.steps import ModelTimer, Run, Step
     from cveff.target import Target
 
 _HOME = {
@@ -29,10 +30,11 @@ _HOME = {
     "InputSpec": "cveff.runtime.input_spec",
     "Model": "cveff.model",
     "ModelSpec": "cveff.model",
+    "ModelTimer": "cveff.steps",
     "Run": "cveff.steps",
     "Step": "cveff.steps",
     "Target": "cveff.target",
-    "apply": "cveff.steps",
+    "apply": "cveff.apply",
     "bench": "cveff.export.bench",
     "create": "cveff.model",
     "deploy": "cveff.export.deploy",
@@ -48,6 +50,7 @@ __all__ = [
     "InputSpec",
     "Model",
     "ModelSpec",
+    "ModelTimer",
     "Run",
     "Step",
     "Target",

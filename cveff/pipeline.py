@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cveff.apply import apply
 from cveff.data import Data, channel_statistics
 from cveff.data import load as load_data
 from cveff.errors import CheckpointError, DataError, RecipeError
@@ -24,8 +25,9 @@ from cveff.measure.predictor import torch_predictor
 from cveff.model import Model, create, load, save
 from cveff.progress import Progress, Silent
 from cveff.recipe import ModelSettings, Recipe, parse_recipe
-from cveff.steps import apply
+from cveff.steps import Step
 from cveff.target import load_target
+from cveff.train import Train
 
 if TYPE_CHECKING:
     from cveff.export.deploy import Deployment
@@ -118,6 +120,7 @@ def run(
     _open_folder(out, recipe, overwrite)
     if finished:
         progress.message(f"going on after {finished[-1].name}, which is done")
+    teacher = _teacher(phases[: len(finished)], model, recipe, data)
     for step, folder in phases[len(finished) :]:
         with FileLog(out / "train" / folder.name, tensorboard=tensorboard) as log:
             model = apply(
@@ -127,12 +130,14 @@ def run(
                 target=None if recipe.deploy is None else recipe.deploy.target,
                 device=device,
                 seed=recipe.seed,
+                teacher=teacher,
                 progress=progress,
                 log=log,
                 folder=out / "train" / folder.name,
                 resume=resume,
             )
         save(model, folder)
+        teacher = model if isinstance(step, Train) else teacher
     save(model, out / "model")
     accuracy = evaluate(model, data, progress)
     result = PipelineResult(
@@ -146,6 +151,16 @@ def run(
     if recipe.deploy is None:
         return result
     return replace(result, deployment=_deploy(model, recipe, data, out, resume, progress))
+
+
+def _teacher(finished: Sequence[tuple[Step, Path]], model: Model, recipe: Recipe, data: Data) -> Model:
+    """What steps may imitate: the model that the last finished training left, before any the one the recipe names."""
+    if not finished:
+        return model
+    trained = [folder for step, folder in finished if isinstance(step, Train)]
+    if not trained:
+        return create_for(recipe.model, data, seed=recipe.seed)
+    return model if trained[-1] == finished[-1][1] else load(trained[-1])
 
 
 def create_for(settings: ModelSettings, data: Data, *, seed: int = 0) -> Model:

@@ -1,22 +1,38 @@
-"""`apply`: the one verb through which every method changes a model. A method is a `Step`: settings with a call."""
+"""`Step`: a method as settings with a call; `Run`: what every step may use. `cveff.apply` brings them together."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Protocol, cast, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 
 from cveff.data.dataset import Data
-from cveff.edits import Edit
-from cveff.errors import StepError
 from cveff.log import Log, NoLog
-from cveff.model import Model, with_module
+from cveff.model import Model
 from cveff.progress import Progress, Silent
-from cveff.target import Target, load_target
+from cveff.target import Target
+
+
+class ModelTimer(Protocol):
+    """What tells a step how fast models really are: on the target's engine, not in PyTorch."""
+
+    def milliseconds(self, models: Mapping[str, Model]) -> dict[str, float]:
+        """Export each model, open the files on the target's engine and threads, and time them in turns.
+
+        Args:
+            models: by name; they are left as they are. Within one call times are comparable; between calls
+                the machine may have changed, so give what is to be compared together.
+
+        Returns:
+            name -> median time of a call at the target's first batch size, in milliseconds.
+
+        Raises:
+            CveffError: a model cannot be exported, or the engine cannot open or run it.
+        """
+        ...
 
 
 @dataclass
@@ -29,9 +45,11 @@ class Run:
         device: where torch computes.
         seed: all randomness derives from it.
         progress, log: how work shows itself and where its figures go.
-        teacher: a model to imitate, or None.
+        teacher: a model to imitate: by default the one the steps began with. Steps share it and leave it as it is:
+            its mode, its device and its weights.
         folder: where a step keeps the state it resumes from, or None: nothing is kept.
         resume: continue from that state where there is one.
+        timer: times models on the target's engine; None without a target.
     """
 
     data: Data | None = None
@@ -43,6 +61,7 @@ class Run:
     teacher: Model | None = None
     folder: Path | None = None
     resume: bool = False
+    timer: ModelTimer | None = None
 
 
 @runtime_checkable
@@ -58,66 +77,3 @@ class Step(Protocol):
     def __call__(self, model: Model, run: Run) -> Model:
         """Return a changed `model`; it may be modified in place, `apply` hands over a copy."""
         ...
-
-
-def apply(
-    model: Model,
-    steps: Step | Edit | Sequence[Step | Edit],
-    *,
-    data: Data | str | Path | None = None,
-    target: Target | str | Path | None = None,
-    device: torch.device | str | None = None,
-    seed: int = 0,
-    teacher: Model | None = None,
-    progress: Progress | None = None,
-    log: Log | None = None,
-    folder: str | Path | None = None,
-    resume: bool = False,
-) -> Model:
-    """Apply steps and edits in order and return a new model; the old one is untouched.
-
-    Args:
-        steps: a step, an edit, or a list of them.
-        data: a `Data`, or a source that `cveff.data.load` reads.
-        target: a `Target`, the name of a profile, or a profile's file.
-        device: where torch computes; by default a GPU if there is one.
-        seed: all randomness derives from it.
-        teacher: a model to imitate.
-        folder: where steps keep the state they resume from.
-        resume: continue from that state.
-
-    Raises:
-        StepError: something is neither a step nor an edit, or a step lacks what it needs (said before any
-            step starts).
-    """
-    sequence = cast("list[Step | Edit]", list(steps) if isinstance(steps, (list, tuple)) else [steps])
-    given = {"data": data, "target": target, "teacher": teacher, "folder": folder}
-    for step in sequence:
-        if isinstance(step, type) or not isinstance(step, (Step, Edit)):
-            raise StepError(
-                f"{step!r} is neither a step nor an edit; give an instance such as Prune(ratio=0.5)"
-            )
-        for name in getattr(step, "requires", ()):
-            if given.get(name) is None:
-                raise StepError(f"{type(step).__name__} needs {name}; pass {name}=… to cveff.apply")
-    if data is not None and not isinstance(data, Data):
-        from cveff.data import load as load_data
-
-        data = load_data(data, seed=seed)
-    run = Run(
-        data=data,
-        target=None if target is None else load_target(target),
-        device=torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")),
-        seed=seed,
-        progress=progress or Silent(),
-        log=log or NoLog(),
-        teacher=teacher,
-        folder=None if folder is None else Path(folder),
-        resume=resume,
-    )
-    model = Model(model.spec, copy.deepcopy(model.module))
-    for step in sequence:
-        model = (
-            step(model, run) if isinstance(step, Step) else with_module(model, step.apply(model.module), step)
-        )
-    return model

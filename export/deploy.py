@@ -157,13 +157,13 @@ def _frozen(model: Model) -> Model:
 
 def _merge_branches(model: Model) -> tuple[Model, list[str]]:
     """The model with its parallel branches merged, where it has any and merging keeps its answers."""
-    import cveff
     from cveff.backbones import Reparameterize, has_branches
+    from cveff.steps import Run
 
     if not has_branches(model.module):
         return model, []
     try:
-        merged: Model = cveff.apply(model, Reparameterize(), device="cpu")
+        merged = Reparameterize()(Model(model.spec, copy.deepcopy(model.module)), Run())
     except StepError as error:
         return model, [f"The branches were not merged: {error}"]
     return merged, []

@@ -24,6 +24,7 @@ LEVELS: list[list[str]] = [
     ["cveff.train"],
     ["cveff.compress"],
     ["cveff.export"],
+    ["cveff.apply"],
     ["cveff.model_zoo"],
     ["cveff.recipe", "cveff.subject"],
     ["cveff.recipe_text"],

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 import cveff
 from cveff import pipeline
@@ -202,3 +204,45 @@ def test_what_cannot_be_built_is_said(recipe, tmp_path, change, expected) -> Non
     with pytest.raises(CveffError, match=expected):
         pipeline.run(dataclasses.replace(recipe, **change), out=tmp_path / "run")
     assert not (tmp_path / "run").exists(), "the corrected command must not find a run there"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Watch:
+    """A step for tests: note the teacher's first weights, then stop if asked."""
+
+    seen: list[torch.Tensor]
+    stop: bool = False
+    kind: ClassVar[str] = "watch"
+    requires: ClassVar[tuple[str, ...]] = ("teacher",)
+
+    def __call__(self, model: cveff.Model, run: cveff.Run) -> cveff.Model:
+        assert run.teacher is not None
+        self.seen.append(next(run.teacher.module.parameters()).detach().clone())
+        if self.stop:
+            raise CveffError("stopped")
+        return model
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_the_teacher_is_what_the_last_training_left_also_after_a_stop(
+    recipe, tmp_path, monkeypatch, trained
+) -> None:
+    monkeypatch.setattr(pipeline.Recipe, "to_json", lambda self: {"seed": self.seed})
+    monkeypatch.setattr(pipeline, "parse_recipe", lambda values, source: recipe)
+    seen: list[torch.Tensor] = []
+    out = tmp_path / "run"
+    steps = (FoldBatchNorm(), _Watch(seen, stop=True))
+    recipe = dataclasses.replace(recipe, steps=steps)
+    if not trained:
+        parent = cveff.create("small_resnet_s", num_classes=2, image_size=8, channels=1)
+        save_file(parent.module.state_dict(), tmp_path / "parent.safetensors")
+        model = dataclasses.replace(recipe.model, weights=tmp_path / "parent.safetensors")
+        recipe = dataclasses.replace(recipe, train=None, model=model)
+    with pytest.raises(CveffError, match="stopped"):
+        pipeline.run(recipe, out=out)
+    recipe = dataclasses.replace(recipe, steps=(FoldBatchNorm(), _Watch(seen)))  # the same to the folder
+    pipeline.run(recipe, out=out, resume=True)
+    expected = cveff.load(out / "phases" / "0-train") if trained else parent
+    first = next(expected.module.parameters())
+    assert len(seen) == 2
+    assert all(torch.equal(weights, first) for weights in seen)
