@@ -176,13 +176,20 @@ def save(model: Model, path: str | Path) -> None:
     Raises:
         CveffError: the folder cannot be written.
     """
+    save_weights(model.spec, model.module.state_dict(), path)
+
+
+def save_weights(spec: ModelSpec, weights: Mapping[str, torch.Tensor], path: str | Path) -> None:
+    """`save` for weights that are in no module: the state dict of a network that `spec` describes.
+
+    Raises:
+        CveffError: the folder cannot be written.
+    """
     # Tied weights share storage, which safetensors refuses; copies load back to the same values.
-    state = {
-        name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.module.state_dict().items()
-    }
+    state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()}
     with atomic_folder(path) as folder:
         save_file(state, str(folder / "weights.safetensors"))
-        write_json(folder / "model.json", {"checkpoint_version": CHECKPOINT_VERSION, **model.spec.to_json()})
+        write_json(folder / "model.json", {"checkpoint_version": CHECKPOINT_VERSION, **spec.to_json()})
 
 
 def load(path: str | Path) -> Model:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from cveff.backbones import FoldBatchNorm, Reparameterize
+from cveff.compress import Distill
 from cveff.data.augment import Augmentation
 from cveff.data.named import NAMED
 from cveff.errors import RecipeError
@@ -27,7 +28,7 @@ RECIPES = Path(__file__).parent / "model_zoo" / "recipes"
 
 def _step_kinds() -> dict[str, type]:
     """The recipe's union: every method a `[[steps]]` table can name by its `kind`."""
-    return {step.kind: step for step in (Reparameterize, FoldBatchNorm, Train)}
+    return {step.kind: step for step in (Reparameterize, FoldBatchNorm, Train, Distill)}
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,7 @@ class Recipe:
         for index, step in enumerate(self.steps):
             if (
                 index
-                and isinstance(step, Train)
+                and isinstance(step, (Train, Distill))
                 and any(_is_folding(earlier) for earlier in self.steps[:index])
             ):
                 raise RecipeError(

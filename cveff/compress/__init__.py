@@ -1,1 +1,7 @@
 """Compression: fewer channels, heads, blocks and ranks, with the dense network as the teacher."""
+
+from __future__ import annotations
+
+from cveff.compress.distill import Distill
+
+__all__ = ["Distill"]

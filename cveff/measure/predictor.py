@@ -65,7 +65,9 @@ class TorchPredictor:
         torch.set_num_threads(self.threads)
         try:
             with torch.inference_mode():
-                pixels = torch.from_numpy(np.ascontiguousarray(images)).to(self._device)
+                # torch wants to be able to write: read-only arrays are copied, others shared.
+                writable = np.require(images, requirements=["C", "W"])
+                pixels = torch.from_numpy(writable).to(self._device)
                 # Permuted NHWC is channels_last in memory, the layout CPU convolutions like best.
                 x = (pixels.permute(0, 3, 1, 2).float() - self._offset) * self._scale  # (N, C, H, W)
                 logits: np.ndarray = self._module(x.to(self._dtype)).float().cpu().numpy()

@@ -3,47 +3,47 @@ ends with the weights it would have had."""
 
 from __future__ import annotations
 
-import math
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from cveff.data.dataset import Split
-from cveff.errors import CheckpointError, StepError, TrainingError
-from cveff.model import Model, load, save
-from cveff.runtime.input_spec import InputSpec
-from cveff.runtime.machine import describe
+from cveff.errors import CheckpointError, StepError
+from cveff.model import Model, save_weights
 from cveff.steps import Run
 from cveff.train.ema import MovingAverage
+from cveff.train.evaluate import evaluate
+from cveff.train.finite import require_finite
+from cveff.train.objective import Constraint, CrossEntropy, Objective
 from cveff.train.optimizers import build_optimizer
+from cveff.train.precision import choose_precision
 from cveff.train.schedule import learning_rate_factor
-from cveff.train.state import load_state, save_state
+from cveff.train.state import differences, load_state, save_state
 
 if TYPE_CHECKING:
     from cveff.train.train import Train
 
-_BF16_ISA = ("avx512_bf16", "amx_bf16", "bf16")
-_EVALUATION_BATCH = 512
 
-
-def fit(model: Model, settings: Train, run: Run) -> Model:
+def fit(model: Model, settings: Train, run: Run, objective: Objective | None = None) -> Model:
     """Train `model` on `run.data` by `settings`; see `Train` for their meaning.
 
-    With `run.folder`, keeps `state.safetensors` (to resume from), `best/` and `last/` (saved models) there.
+    What the model's edits must keep (see `Constraint`) is kept. With `run.folder`, keeps `state.safetensors` (to
+    resume from), `best/` and `last/` (saved models) there.
+
+    Args:
+        objective: what is minimised; by default cross-entropy with `settings.label_smoothing`.
 
     Returns:
         The model with the kept weights, on the CPU, in evaluation mode.
 
     Raises:
         StepError: no data, or fewer classes in the model than in the data.
-        TrainingError: the loss is not finite.
+        TrainingError: the loss or a gradient is not finite.
         CheckpointError: `run.resume` and the state in `run.folder` belongs to other settings.
     """
     if run.data is None or run.data.train is None:
@@ -56,23 +56,37 @@ def fit(model: Model, settings: Train, run: Run) -> Model:
     if settings.epochs == 0:
         model.module.eval()
         return model
-    return _Trainer(model, settings, run, run.data.train, run.data.val).train()
+    objective = objective or CrossEntropy(settings.label_smoothing)
+    for edit in model.spec.edits:
+        if isinstance(edit, Constraint):
+            objective = edit.constrained(objective, model.module)
+    return _Trainer(model, settings, run, objective, run.data.train, run.data.val).train()
 
 
 class _Trainer:
     """The live objects of one run and what is saved of them."""
 
-    def __init__(self, model: Model, settings: Train, run: Run, train_split: Split, val_split: Split) -> None:
-        self.model, self.settings, self.run = model, settings, run
+    def __init__(
+        self,
+        model: Model,
+        settings: Train,
+        run: Run,
+        objective: Objective,
+        train_split: Split,
+        val_split: Split,
+    ) -> None:
+        self.model, self.settings, self.run, self.objective = model, settings, run, objective
         self.train_split, self.val_split = train_split, val_split
-        self.precision = _precision(settings.precision, run.device)
+        self.precision = choose_precision(settings.precision, run.device)
         self.module: nn.Module = model.module.to(run.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.extra = objective.extra.to(run.device).train() if objective.extra is not None else nn.Module()
         self.optimizer = build_optimizer(
             self.module,
             settings.optimizer,
             settings.peak_learning_rate,
             settings.weight_decay,
             settings.momentum,
+            self.extra,
         )
         self.average = MovingAverage(self.module, settings.ema) if settings.ema else None
         self.scaler = torch.amp.GradScaler(run.device.type, enabled=self.precision == torch.float16)
@@ -98,8 +112,7 @@ class _Trainer:
                 self._train_epoch(epoch, steps)
                 if self._validate(epoch):
                     break
-            for _ in steps if self.step == self.total_steps else ():
-                pass
+            next(steps, None)  # past the last step, where the bar ends
         return self._kept()
 
     def _train_epoch(self, epoch: int, steps: Any) -> None:
@@ -121,7 +134,7 @@ class _Trainer:
         for images, targets in batches:
             next(steps)
             losses.append(self._optimize(images, targets, epoch))
-            if len(losses) % 50 == 0:
+            if len(losses) % 50 == 1:  # seldom, as it waits for the device; first, to name what breaks first
                 self._require_finite(losses[-1])
             # Never between an epoch's last batch and its validation, which a resumed run would skip.
             is_within_epoch = self.step % self.batches_per_epoch != 0
@@ -146,20 +159,19 @@ class _Trainer:
             images.chunk(settings.accumulation), targets.chunk(settings.accumulation), strict=True
         ):
             with self._autocast():
-                logits = self.module(part.to(self.run.device, non_blocking=True))
-            loss = F.cross_entropy(
-                logits.float(),
-                answers.to(self.run.device),
-                label_smoothing=settings.label_smoothing,
-                reduction="sum",
-            ) / len(images)
+                loss = self.objective.loss(
+                    self.module, part.to(self.run.device, non_blocking=True), answers.to(self.run.device)
+                )
+            loss = loss / len(images)
             self.scaler.scale(loss).backward()
             total += loss.detach()
         if self.scaler.is_enabled():
             for optimizer in self.optimizer.optimizers:
                 self.scaler.unscale_(optimizer)
         if settings.clip_norm:
-            nn.utils.clip_grad_norm_(self.module.parameters(), settings.clip_norm)
+            nn.utils.clip_grad_norm_(
+                [*self.module.parameters(), *self.extra.parameters()], settings.clip_norm
+            )
         if self.scaler.is_enabled():
             for optimizer in self.optimizer.optimizers:
                 self.scaler.step(optimizer)
@@ -167,8 +179,10 @@ class _Trainer:
         else:
             self.optimizer.step()
         self.step += 1
+        self.objective.after_step(self.module, self.step, self.total_steps)
         if self.average:
             self.average.update(self.module, self.step)
+            self.objective.after_step(self.average.module, self.step, self.total_steps)
         return total
 
     def _validate(self, epoch: int) -> bool:
@@ -177,9 +191,7 @@ class _Trainer:
         is_last = epoch + 1 == settings.epochs
         if is_last or (epoch + 1) % settings.validate_every == 0:
             module = self.average.module if self.average else self.module
-            figures = evaluate(
-                module, self.val_split, self.model.spec.input, self.run.device, self._autocast()
-            )
+            figures = evaluate(module, self.val_split, self.model.spec.input, self._autocast())
             self.epoch_figures |= {"val/accuracy": figures["accuracy"], "val/loss": figures["loss"]}
             if figures["accuracy"] > self.best_accuracy:
                 self.best_accuracy, self.best_epoch = figures["accuracy"], epoch
@@ -214,8 +226,7 @@ class _Trainer:
 
     def _save_model(self, weights: dict[str, torch.Tensor], name: str) -> None:
         assert self.run.folder is not None
-        saved = Model(self.model.spec, _Weights(weights))
-        save(saved, self.run.folder / name)
+        save_weights(self.model.spec, weights, self.run.folder / name)
 
     def _save_state(self) -> None:
         assert self.run.folder is not None
@@ -230,6 +241,7 @@ class _Trainer:
                 "best_weights": self.best_weights,
                 "module": self.module.state_dict(),
                 "average": self.average.module.state_dict() if self.average else {},
+                "extra": self.extra.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(),
             },
@@ -241,7 +253,7 @@ class _Trainer:
         if path is None or not path.is_file():
             return
         state = load_state(path)
-        changed = _changed(state.get("settings", {}), self._identity())
+        changed = differences(state.get("settings", {}), self._identity())
         if changed:
             raise CheckpointError(
                 f"{path} was written by a run with other settings ({changed}); resume with the same ones, "
@@ -250,6 +262,7 @@ class _Trainer:
         self.module.load_state_dict(state["module"])
         if self.average:
             self.average.module.load_state_dict(state["average"])
+        self.extra.load_state_dict(state.get("extra", {}))
         self.optimizer.load_state_dict(state["optimizer"])
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
@@ -265,7 +278,9 @@ class _Trainer:
         # These change how fast the work goes, not what comes out.
         for name in ("num_workers", "checkpoint_minutes"):
             settings.pop(name)
+        objective = dict(self.objective.identity())
         return {
+            **({"objective": objective} if objective else {}),
             "train": settings,
             "precision": str(self.precision),
             "model": self.model.spec.to_json(),
@@ -283,77 +298,6 @@ class _Trainer:
         return torch.autocast(self.run.device.type, self.precision)
 
     def _require_finite(self, loss: torch.Tensor) -> None:
-        if not math.isfinite(float(loss)):
-            raise TrainingError(
-                f"the loss became {float(loss)} at step {self.step}; lower train.learning_rate "
-                f"(now {self.settings.peak_learning_rate:g}), set train.clip_norm, or use precision fp32"
-            )
-
-
-class _Weights(nn.Module):
-    """A state dict that `save` can write as if it were the network's."""
-
-    def __init__(self, weights: dict[str, torch.Tensor]) -> None:
-        super().__init__()
-        self._kept = weights
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:  # type: ignore[override]
-        return self._kept
-
-
-@torch.inference_mode()
-def evaluate(
-    module: nn.Module,
-    split: Split,
-    spec: InputSpec,
-    device: torch.device,
-    autocast: AbstractContextManager[Any] | None = None,
-) -> dict[str, float]:
-    """Top-1 accuracy (0 to 1) and mean cross-entropy of `module` on a split, without augmentation."""
-    was_training = module.training
-    module.eval()
-    mean = torch.tensor(spec.mean, device=device).view(1, -1, 1, 1)
-    std = torch.tensor(spec.std, device=device).view(1, -1, 1, 1)
-    correct, loss, count = 0, 0.0, 0
-    with autocast or nullcontext():
-        for images, targets in split.evaluation_batches(spec, _EVALUATION_BATCH):
-            batch = torch.tensor(images, device=device).permute(0, 3, 1, 2)
-            logits = module(
-                ((batch.float() / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
-            ).float()
-            answers = torch.tensor(targets, device=device)
-            correct += int((logits.argmax(1) == answers).sum())
-            loss += float(F.cross_entropy(logits, answers, reduction="sum"))
-            count += len(answers)
-    module.train(was_training)
-    return {"accuracy": correct / max(1, count), "loss": loss / max(1, count)}
-
-
-def _precision(name: str, device: torch.device) -> torch.dtype:
-    if name == "auto":
-        if device.type == "cpu":
-            return torch.bfloat16 if set(describe()["isa"]) & set(_BF16_ISA) else torch.float32
-        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
-    if name == "fp16" and device.type == "cpu":
-        raise TrainingError(
-            "train.precision is 'fp16' and the device is the CPU, which has none; use 'auto' or 'bf16'"
-        )
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
-
-
-def _changed(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> str:
-    """The first few keys that differ, as "train.epochs: 5 then, 6 now"."""
-    found = []
-    for key in sorted({*before, *now}):
-        old, new = before.get(key), now.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            deeper = _changed(old, new, f"{prefix}{key}.")
-            found += [deeper] if deeper else []
-        elif (list(old) if isinstance(old, tuple) else old) != (list(new) if isinstance(new, tuple) else new):
-            found.append(f"{prefix}{key}: {old!r} then, {new!r} now")
-    return "; ".join(found[:3])
-
-
-def saved_model(folder: Path, name: str = "best") -> Model:
-    """The `best` or `last` model of a training folder."""
-    return load(folder / name)
+        # Loss scaling makes gradients overflow by design, and skips those steps.
+        module = nn.Module() if self.scaler.is_enabled() else self.module
+        require_finite(loss, module, step=self.step, learning_rate=self.settings.peak_learning_rate)

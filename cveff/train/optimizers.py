@@ -78,20 +78,25 @@ class MatrixMuon(torch.optim.Optimizer):
 
 
 def build_optimizer(
-    module: nn.Module, name: str, learning_rate: float, weight_decay: float, momentum: float
+    module: nn.Module,
+    name: str,
+    learning_rate: float,
+    weight_decay: float,
+    momentum: float,
+    extra: nn.Module | None = None,
 ) -> ScheduledOptimizers:
     """An optimizer over all trainable parameters of `module`; weights with fewer than two dimensions do not decay.
 
     Args:
+        extra: a module trained beside it; Muon leaves it to AdamW.
         name: "sgd", "adamw" or "muon". Muon leaves the first weight, the classifier and everything below two
             dimensions to AdamW at a tenth of its learning rate.
     """
-    matrices = [
-        parameter for parameter in module.parameters() if parameter.requires_grad and parameter.ndim > 1
-    ]
-    vectors = [
-        parameter for parameter in module.parameters() if parameter.requires_grad and parameter.ndim <= 1
-    ]
+    matrices, vectors = _trainable(module)
+    hidden = [parameter for parameter in matrices[1:-1] if parameter.ndim in (2, 4)]
+    if extra is not None:
+        for own, added in zip((matrices, vectors), _trainable(extra), strict=True):
+            own += added
     if name == "sgd":
         groups = list(_groups(matrices, vectors, weight_decay))
         return ScheduledOptimizers(
@@ -101,13 +106,18 @@ def build_optimizer(
         return ScheduledOptimizers(
             [torch.optim.AdamW(list(_groups(matrices, vectors, weight_decay)), lr=learning_rate)]
         )
-    hidden = [parameter for parameter in matrices[1:-1] if parameter.ndim in (2, 4)]
     rest = [parameter for parameter in matrices if all(parameter is not other for other in hidden)]
     optimizers: list[torch.optim.Optimizer] = []
     if hidden:
         optimizers.append(MatrixMuon(hidden, learning_rate, momentum, weight_decay))
     optimizers.append(torch.optim.AdamW(list(_groups(rest, vectors, weight_decay)), lr=learning_rate / 10))
     return ScheduledOptimizers(optimizers)
+
+
+def _trainable(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Parameters with two or more dimensions, and the others."""
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    return [item for item in parameters if item.ndim > 1], [item for item in parameters if item.ndim <= 1]
 
 
 def _groups(

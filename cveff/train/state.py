@@ -57,6 +57,19 @@ def load_state(path: Path) -> dict[str, Any]:
     return state
 
 
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> str:
+    """The first few keys that differ between two nested settings, as "train.epochs: 5 then, 6 now"; "" if none."""
+    found = []
+    for key in sorted({*before, *now}):
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            deeper = differences(old, new, f"{prefix}{key}.")
+            found += [deeper] if deeper else []
+        elif (list(old) if isinstance(old, tuple) else old) != (list(new) if isinstance(new, tuple) else new):
+            found.append(f"{prefix}{key}: {old!r} then, {new!r} now")
+    return "; ".join(found[:3])
+
+
 def _flatten(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
     if isinstance(value, torch.Tensor):
         # safetensors keeps no memory format: strides are restored by copying into the live tensors.

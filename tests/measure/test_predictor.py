@@ -168,3 +168,11 @@ def test_module_bytes_count_shared_weights_once() -> None:
     assert module_bytes(nn.Sequential(first, second)) == 72
     second.weight = first.weight
     assert module_bytes(nn.Sequential(first, second)) == 36
+
+
+def test_read_only_images_are_predicted_without_a_warning(recwarn: pytest.WarningsRecorder) -> None:
+    frozen = IMAGES.copy()
+    frozen.flags.writeable = False
+    predictor = module_predictor(Identity(), SPEC, threads=1)
+    np.testing.assert_array_equal(predictor(frozen), predictor(IMAGES))
+    assert not recwarn.list

@@ -60,12 +60,12 @@ def test_same_seed_gives_the_same_weights_and_another_seed_does_not(digits: Data
 
 
 def test_training_learns_digits(digits: Data, tmp_path: Path) -> None:
-    from cveff.train.loop import evaluate
+    from cveff.train.evaluate import evaluate
 
     settings = replace(SETTINGS, epochs=12, batch_size=32, learning_rate=0.1, augmentation=Augmentation())
     with FileLog(tmp_path) as log:
         model = cveff.apply(tiny(digits), settings, data=digits, log=log)
-    figures = evaluate(model.module, digits.val, model.spec.input, torch.device("cpu"))
+    figures = evaluate(model.module, digits.val, model.spec.input)
     assert figures["accuracy"] > 0.8  # chance is 0.1
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == list(range(1, 13))
@@ -164,12 +164,12 @@ def test_accumulation_equals_the_whole_batch(digits: Data) -> None:
 
 
 def test_best_weights_are_those_of_the_best_epoch(digits: Data, tmp_path: Path) -> None:
-    from cveff.train.loop import evaluate
+    from cveff.train.evaluate import evaluate
 
     settings = replace(SETTINGS, epochs=4, learning_rate=0.2)
     model = cveff.apply(tiny(digits), settings, data=digits, folder=tmp_path, log=FileLog(tmp_path))
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    figures = evaluate(model.module, digits.val, model.spec.input, torch.device("cpu"))
+    figures = evaluate(model.module, digits.val, model.spec.input)
     assert figures["accuracy"] == max(line["val/accuracy"] for line in lines)
     assert equal(model, cveff.load(tmp_path / "best"))
     assert (tmp_path / "last" / "model.json").is_file()
@@ -218,8 +218,11 @@ def test_training_needs_data_and_enough_logits(digits: Data) -> None:
 
 
 def test_mixup_trains_with_soft_targets(digits: Data) -> None:
-    settings = replace(SETTINGS, epochs=1, augmentation=Augmentation(mixup=0.4, cutmix=1.0))
-    cveff.apply(tiny(digits), settings, data=digits)
+    plain = replace(SETTINGS, epochs=1, augmentation=Augmentation())
+    mixed = replace(plain, augmentation=Augmentation(mixup=0.4, cutmix=1.0))
+    runs = [cveff.apply(tiny(digits), settings, data=digits) for settings in (plain, mixed)]
+    assert not equal(*runs)
+    assert all(torch.isfinite(value).all() for value in runs[1].module.state_dict().values())
 
 
 def test_bf16_and_clipping_run_and_differ_from_fp32(digits: Data) -> None:
