@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from cveff.compress.distill import Distill
+from cveff.compress.low_rank import LowRank
 
-__all__ = ["Distill"]
+__all__ = ["Distill", "LowRank"]

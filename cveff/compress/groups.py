@@ -118,7 +118,9 @@ def find_channels(ownership: Ownership) -> Channels:
     frozen: list[Group] = []
     where: dict[int, tuple[int, int]] = {}
     names: dict[str, int] = defaultdict(int)
-    for keys, roots in sorted(families.items(), key=lambda item: min(order.get(key, 10**9) for key in item[0])):
+    for keys, roots in sorted(
+        families.items(), key=lambda item: min(order.get(key, 10**9) for key in item[0])
+    ):
         first = min((key for key in keys if key in order), key=lambda key: order[key])
         base = first[0].rpartition(".")[0] or first[0]
         reasons = sets.reason(np.asarray(roots))
@@ -192,7 +194,9 @@ def _layouts(ownership: Ownership, where: Mapping[int, tuple[int, int]]) -> dict
         dims = {}
         changing = varying(owners)
         if len(changing) == 1:
-            table = np.asarray([where.get(int(root), (-1, 0)) for root in along(owners, changing[0])], np.int64)
+            table = np.asarray(
+                [where.get(int(root), (-1, 0)) for root in along(owners, changing[0])], np.int64
+            )
             if (table[:, 0] >= 0).any():
                 dims[changing[0]] = table
         if dims:

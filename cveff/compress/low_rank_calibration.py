@@ -1,7 +1,4 @@
-"""What `LowRank` learns by running the network.
-
-Which layers can be replaced, what reaches them, and how much an error of theirs matters.
-"""
+"""What calibration images say of a layer: the covariance of what reaches it, and how much its errors matter."""
 
 from __future__ import annotations
 
@@ -13,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cveff.compress.low_rank_edit import geometry, not_factorisable, replace
+from cveff.compress.low_rank_edit import geometry
+from cveff.compress.low_rank_layers import run_hooked
 from cveff.errors import StepError
 
 MEMORY = 512 << 20
@@ -21,6 +19,9 @@ MEMORY = 512 << 20
 
 MIN_SAMPLES = 4096
 """Patches a covariance is made from at least, where the images have them; wide layers take twice their inputs."""
+
+WIDE = 1024
+"""Inputs past which a covariance is kept in float32: sums are exact enough, and products several times faster."""
 
 Batches = Callable[[], Iterator[Tensor]]
 """Normalised float images (B, C, H, W), the same ones at every call."""
@@ -31,7 +32,8 @@ class LayerStatistics:
     """What reaches one layer.
 
     Attributes:
-        covariance: (n, n) float64 of centred patches, n = in · height · width of the kernel.
+        covariance: (n, n) of centred patches, n = in · height · width of the kernel; float64, or float32 where n is
+            above `WIDE`.
         mean: (n,) float64.
         count: patches seen.
     """
@@ -40,92 +42,10 @@ class LayerStatistics:
     mean: Tensor
     count: int
 
-
-def find_layers(module: nn.Module, example: Tensor) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
-    """Layers that a chain can stand in for, and why the others cannot be.
-
-    A layer counts where the network calls it exactly once and touches nothing else of it: attention that reads
-    `self.qkv.weight` (BEiT, EVA), or a shared layer, is found by trying.
-
-    Args:
-        module: in evaluation mode.
-        example: (1, C, H, W).
-
-    Returns:
-        path -> shape of the layer's input for `example`; path -> reason, a sentence about the layer.
-    """
-    shapes: dict[str, tuple[int, ...]] = {}
-    reasons: dict[str, str] = {}
-    calls: dict[str, int] = {}
-    candidates: dict[str, nn.Module] = {}
-    weights: dict[int, list[str]] = {}
-    for path, layer in module.named_modules(remove_duplicate=False):
-        weight = getattr(layer, "weight", None)
-        if isinstance(weight, Tensor):
-            weights.setdefault(id(weight), []).append(path)
-        if isinstance(layer, (nn.Linear, nn.Conv2d)):
-            reason = not_factorisable(layer) if path else "is the whole network"
-            if reason:
-                reasons[path] = reason
-            else:
-                candidates[path] = layer
-    for paths in weights.values():
-        for path in paths if len(paths) > 1 else ():
-            if candidates.pop(path, None) is not None:
-                reasons[path] = f"shares its weight with {next(other for other in paths if other != path)}"
-
-    def note(path: str) -> Callable[..., None]:
-        def hook(layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-            calls[path] = calls.get(path, 0) + 1
-            shapes[path] = tuple(inputs[0].shape)
-
-        return hook
-
-    expected = _run(module, example, {path: note(path) for path in candidates})
-    for path in list(candidates):
-        if calls.get(path, 0) != 1:
-            del candidates[path]
-            reasons[path] = (
-                f"is called {calls[path]} times"
-                if path in calls
-                else "is never called: the network reads its weight, or does not use it"
-            )
-    for path in _touched(module, example, expected, candidates):
-        reasons[path] = "is read by the network (its weight, bias or size), not only called"
-        del candidates[path]
-    return {path: shapes[path] for path in candidates}, reasons
-
-
-def _touched(
-    module: nn.Module, example: Tensor, expected: Tensor, candidates: Mapping[str, nn.Module]
-) -> list[str]:
-    """Layers that cannot be wrapped: a `Sequential` of the layer alone computes the same and has none of its names."""
-    if _runs_wrapped(module, example, expected, candidates):
-        return []
-    # A network repeats few kinds of blocks; halving finds the culprits among many innocent layers.
-    paths = list(candidates)
-    if len(paths) == 1:
-        return paths
-    halves = paths[: len(paths) // 2], paths[len(paths) // 2 :]
-    return [
-        path
-        for half in halves
-        for path in _touched(module, example, expected, {path: candidates[path] for path in half})
-    ]
-
-
-def _runs_wrapped(
-    module: nn.Module, example: Tensor, expected: Tensor, layers: Mapping[str, nn.Module]
-) -> bool:
-    for path, layer in layers.items():
-        replace(module, path, nn.Sequential(layer).train(layer.training))
-    try:
-        return torch.equal(_run(module, example, {}), expected)
-    except (AttributeError, TypeError, NotImplementedError):
-        return False
-    finally:
-        for path, layer in layers.items():
-            replace(module, path, layer)
+    def output_variance(self, layer: nn.Module) -> float:
+        """Variance of the layer's output at one position, summed over its channels."""
+        weight = cast(Tensor, layer.weight).detach().flatten(1).to(self.covariance.dtype)
+        return float(((weight @ self.covariance) * weight).sum())
 
 
 def collect(
@@ -152,7 +72,7 @@ def collect(
 
         hooks = {path: note(path) for path in group}
         for images in batches():
-            _run(module, images, hooks)
+            run_hooked(module, images, hooks)
         for path in group:
             statistics = sums.pop(path).finish()
             if not statistics.covariance.isfinite().all():
@@ -197,6 +117,11 @@ def sensitivities(
             seen += len(images)
             with torch.enable_grad():
                 logits = module(images).float()
+                if not logits.isfinite().all():
+                    raise StepError(
+                        "low_rank: the network's answers to the calibration images are not finite; check its weights "
+                        "and the images"
+                    )
                 answers = torch.multinomial(logits.detach().softmax(1).cpu(), 1, generator=generator)
                 loss = F.cross_entropy(logits, answers[:, 0].to(logits.device), reduction="sum")
                 torch.autograd.grad(loss, images)
@@ -239,6 +164,8 @@ class _Sums:
         assert self._shift is not None
         mean = self._first / self._count
         covariance = self._second.div_(self._count).sub_(torch.outer(mean, mean))
+        if len(mean) > WIDE:
+            covariance = covariance.float()
         return LayerStatistics(covariance, mean + self._shift.double(), self._count)
 
     def _rows(self, inputs: Tensor) -> Tensor:
@@ -288,13 +215,3 @@ def _groups(sizes: Mapping[str, int]) -> Iterator[list[str]]:
         taken += needed
     if group:
         yield group
-
-
-def _run(module: nn.Module, images: Tensor, hooks: Mapping[str, Callable[..., None]]) -> Tensor:
-    handles = [module.get_submodule(path).register_forward_hook(hook) for path, hook in hooks.items()]
-    try:
-        with torch.no_grad():
-            return cast(Tensor, module(images))
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -6,7 +6,8 @@ ICLR 2025), where C is the covariance of the layer's inputs. Convolutions: one k
 
 Every weight here is a kernel (out, in, height, width); that of a linear layer is (out, in, 1, 1). `covariance` is
 (n, n) with n = in · height · width, of the centred patches that a kernel sees, flattened in the kernel's own order;
-None stands for the identity, which makes every method the plain, data-free one. Work is done in float64.
+None stands for the identity, which makes every method the plain, data-free one. Work is done in float64, but for
+products with a float32 covariance.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from torch import Tensor
 DAMPING = 1e-3
 """Share of the mean variance added to every input's own: directions that no calibration image shows still count."""
 
-_RIDGE = 1e-9
-"""Relative ridge of the last factor's least squares, for columns that carry nothing."""
+_RIDGE = 1e-6
+"""Relative ridge of the last factor's least squares, above the rounding of a float32 covariance."""
 
 
 def output_basis(matrix: Tensor, covariance: Tensor | None = None, damping: float = DAMPING) -> Tensor:
@@ -42,7 +43,7 @@ def output_basis(matrix: Tensor, covariance: Tensor | None = None, damping: floa
         lift, matrix = torch.linalg.qr(matrix)
     gram = matrix @ matrix.T
     if covariance is not None:
-        weighted = matrix @ covariance.double() @ matrix.T
+        weighted = _times(matrix, covariance) @ matrix.T
         gram = weighted + damping * _mean_variance(covariance) * gram
     vectors: Tensor = torch.linalg.eigh((gram + gram.T) / 2).eigenvectors.flip(1)
     return vectors if lift is None else lift @ vectors
@@ -79,56 +80,90 @@ def svd_factors(weight: Tensor, basis: Tensor, rank: int) -> tuple[Tensor, Tenso
     Returns:
         kernels (rank, in, height, width) and (out, rank, 1, 1): first the kernel's own size, then a 1×1.
     """
-    first, last = _balanced(basis[:, :rank], weight.flatten(1).double())
+    first, last = _balanced(basis[:, :rank].T @ weight.flatten(1).double(), basis[:, :rank])
     return first.reshape(rank, *weight.shape[1:]), last[:, :, None, None]
 
 
-def spatial_factors(
-    weight: Tensor,
-    rank: int,
-    order: str,
-    covariance: Tensor | None = None,
-    damping: float = DAMPING,
-    basis: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """A kernel as a column and a row: "vertical" applies (height × 1) first, "horizontal" (1 × width).
+class SpatialSplit:
+    """A kernel as a column and a row, at any rank: "vertical" applies (height × 1) first, "horizontal" (1 × width).
 
     The first factor comes from the SVD of the (out · width) × (in · height) unfolding, whitened by the covariance of
-    one column; the last is then the least-squares answer to it under the whole covariance.
+    one column; the last is then the least-squares answer to it under the whole covariance. What all ranks share is
+    computed once.
 
     Args:
-        basis: `spatial_basis` of the same arguments, where several ranks are asked.
-
-    Returns:
-        kernels (rank, in, height, 1) and (out, rank, 1, width), or with the sides exchanged.
+        largest: the highest rank that will be asked for.
     """
-    if order == "horizontal":
-        turned = None if covariance is None else _turn(covariance, weight)
-        first, last = spatial_factors(weight.transpose(2, 3), rank, "vertical", turned, damping, basis)
-        return first.transpose(2, 3), last.transpose(2, 3)
-    out, channels, height, width = weight.shape
-    if basis is None:
-        basis = spatial_basis(weight, "vertical", covariance, damping)
-    first, last = _balanced(basis[:, :rank], _unfold(weight))
-    last = last.reshape(out, width, rank)
-    if covariance is not None:
-        last = _refit(weight, first, last, covariance)
-    return first.reshape(rank, channels, height, 1), last.permute(0, 2, 1)[:, :, None, :]
 
+    def __init__(
+        self,
+        weight: Tensor,
+        order: str,
+        largest: int,
+        covariance: Tensor | None = None,
+        damping: float = DAMPING,
+    ) -> None:
+        self._is_turned = order == "horizontal"
+        if self._is_turned:
+            covariance = None if covariance is None else _turn(covariance, weight)
+            weight = weight.transpose(2, 3)
+        self._shape = out, channels, height, width = weight.shape
+        side = channels * height
+        unfolded = weight.double().permute(0, 3, 1, 2).reshape(out * width, side)
+        column, blocks = None, None
+        if covariance is not None:
+            blocks = covariance.reshape(channels, height, width, channels, height, width)
+            blocks = blocks.permute(2, 5, 0, 1, 3, 4).reshape(width, width, side, side)
+            column = blocks.diagonal(dim1=0, dim2=1).mean(2)
+        basis = output_basis(unfolded, column, damping)[:, :largest]
+        self._first = basis.T @ unfolded  # (largest, side)
+        self._last = basis.reshape(out, width, -1)
+        self._total = float(_energy(weight.flatten(1).double(), covariance).sum())
+        self._gram = self._wanted = None
+        if blocks is not None:
+            kernel = weight.double().permute(3, 0, 1, 2).reshape(width, out, side)
+            known = (self._first.to(blocks.dtype) @ blocks).double()  # (width, width, largest, side)
+            self._gram = torch.einsum("xwka,la->xkwl", known, self._first)
+            self._wanted = torch.einsum("xoa,wxka->owk", kernel, known)
 
-def spatial_basis(
-    weight: Tensor, order: str, covariance: Tensor | None = None, damping: float = DAMPING
-) -> Tensor:
-    """What `spatial_factors` of every rank share: (out · width, rank) float64."""
-    if order == "horizontal":
-        turned = None if covariance is None else _turn(covariance, weight)
-        return spatial_basis(weight.transpose(2, 3), "vertical", turned, damping)
-    column = None
-    if covariance is not None:
-        _, channels, height, width = weight.shape
-        blocks = covariance.double().reshape(channels, height, width, channels, height, width)
-        column = torch.einsum("cyxdzx->cydz", blocks).reshape(channels * height, -1) / width
-    return output_basis(_unfold(weight), column, damping)
+    def factors(self, rank: int) -> tuple[Tensor, Tensor]:
+        """Kernels (rank, in, height, 1) and (out, rank, 1, width), or with the sides exchanged."""
+        _, channels, height, _ = self._shape
+        first, last = _balanced(self._first[:rank], self._fitted(rank).permute(0, 2, 1))
+        column, row = first.reshape(rank, channels, height, 1), last[:, :, None, :]
+        return (column.transpose(2, 3), row.transpose(2, 3)) if self._is_turned else (column, row)
+
+    def error(self, rank: int) -> float:
+        """Relative output error, as `relative_error` of the composed factors."""
+        if self._total <= 0:
+            return 0.0
+        last = self._fitted(rank).flatten(1)
+        if self._gram is None or self._wanted is None:
+            # Without a covariance the factors are a projection.
+            return max(1 - float(self._first[:rank].square().sum()) / self._total, 0.0)
+        gram, wanted = self._parts(rank)
+        return max(1 - float(((2 * wanted - last @ gram) * last).sum()) / self._total, 0.0)
+
+    def _parts(self, rank: int) -> tuple[Tensor, Tensor]:
+        assert self._gram is not None and self._wanted is not None
+        out, _, _, width = self._shape
+        gram = self._gram[:, :rank, :, :rank].reshape(width * rank, width * rank)
+        return (gram + gram.T) / 2, self._wanted[:, :, :rank].reshape(out, width * rank)
+
+    def _fitted(self, rank: int) -> Tensor:
+        """(out, width, rank): the row that best explains the output given the column, never worse than the SVD's."""
+        start = self._last[:, :, :rank]
+        if self._gram is None:
+            return start
+        gram, wanted = self._parts(rank)
+        # A ridge around the SVD's factor: it only ever moves towards less error.
+        ridge = _RIDGE * gram.norm() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        root, failed = torch.linalg.cholesky_ex(gram + ridge)
+        if int(failed) or float(gram.norm()) <= 0:
+            return start
+        flat = start.flatten(1)
+        step = torch.cholesky_solve((wanted - flat @ gram).T, root).T
+        return (flat + step).reshape(start.shape)
 
 
 def tucker_factors(
@@ -153,8 +188,8 @@ def tucker_factors(
     root = torch.eye(channels, dtype=torch.float64, device=weight.device)
     variance = 0.0 if covariance is None else _mean_variance(covariance)
     if covariance is not None and variance > 0:
-        blocks = covariance.double().reshape(channels, area, channels, area)
-        mean = torch.einsum("cpdp->cd", blocks) / area
+        blocks = covariance.reshape(channels, area, channels, area)
+        mean = blocks.diagonal(dim1=1, dim2=3).mean(2).double()
         # A root is needed here, so the damping also has to make it invertible.
         root = torch.linalg.cholesky(mean + max(damping, _RIDGE) * variance * root)
     whitened = torch.einsum("ocyx,cd->odyx", weight, root)
@@ -200,21 +235,26 @@ def _mean_variance(covariance: Tensor) -> float:
 
 def _energy(rows: Tensor, covariance: Tensor | None) -> Tensor:
     """(rows,) variance of each row's output."""
-    weighted = rows if covariance is None else rows @ covariance.double()
-    return (weighted * rows).sum(1)
+    return (_times(rows, covariance) * rows).sum(1)
 
 
-def _balanced(left: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """`left leftᵀ matrix` as (right, left) of equal norms, √S Vᵀ and U √S: neither overflows a narrow type."""
-    inner, values, right = torch.linalg.svd(left.T @ matrix, full_matrices=False)
-    root = values.sqrt()
-    return root[:, None] * right, (left @ inner) * root
+def _times(rows: Tensor, covariance: Tensor | None) -> Tensor:
+    """`rows @ covariance` in the covariance's own type: wide layers bring float32, which is several times faster."""
+    return rows if covariance is None else (rows.to(covariance.dtype) @ covariance).double()
 
 
-def _unfold(weight: Tensor) -> Tensor:
-    """(out, in, height, width) -> (out · width, in · height) float64."""
-    out, channels, height, width = weight.shape
-    return weight.double().permute(0, 3, 1, 2).reshape(out * width, channels * height)
+def _balanced(first: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+    """Both factors of each component with the same norm: neither overflows a narrow type.
+
+    first: (rank, …); last: (out, rank, …).
+    """
+    before = first.flatten(1).norm(dim=1)
+    after = last.transpose(0, 1).flatten(1).norm(dim=1)
+    scale = torch.where((before > 0) & (after > 0), (after / before).sqrt(), 1.0)
+    return (
+        first * scale.reshape(-1, *[1] * (first.ndim - 1)),
+        last / scale.reshape(-1, *[1] * (last.ndim - 2)),
+    )
 
 
 def _turn(covariance: Tensor, weight: Tensor) -> Tensor:
@@ -229,28 +269,3 @@ def _leading(tensor: Tensor, rank: int) -> Tensor:
     matrix = tensor.flatten(1)
     vectors: Tensor = torch.linalg.eigh(matrix @ matrix.T).eigenvectors
     return vectors.flip(1)[:, :rank]
-
-
-def _refit(weight: Tensor, first: Tensor, last: Tensor, covariance: Tensor) -> Tensor:
-    """The row factor that best explains the layer's output given the column factor; never worse than `last`.
-
-    first: (rank, in · height); last: (out, width, rank).
-    """
-    out, channels, height, width = weight.shape
-    rank, side = len(first), channels * height
-    blocks = covariance.double().reshape(channels, height, width, channels, height, width)
-    blocks = blocks.permute(2, 5, 0, 1, 3, 4).reshape(width, width, side, side)
-    kernel = weight.double().permute(3, 0, 1, 2).reshape(width, out, side)
-    known = torch.einsum("xwab,kb->xwak", blocks, first)  # (width, width, side, rank)
-    gram = torch.einsum("ka,xwal->xkwl", first, known).reshape(width * rank, width * rank)
-    wanted = torch.einsum("xoa,xwak->owk", kernel, known).reshape(out, width * rank)
-    start = last.reshape(out, width * rank)
-    # A ridge around the truncated factor: it only ever moves towards less error.
-    scale = gram.diagonal().mean()
-    if scale <= 0:
-        return last
-    ridge = _RIDGE * scale * torch.eye(len(gram), dtype=torch.float64, device=gram.device)
-    values, vectors = torch.linalg.eigh((gram + gram.T) / 2)
-    inverse = 1 / (values.clamp_min(0) + ridge[0, 0])
-    step = ((wanted - start @ gram) @ vectors * inverse) @ vectors.T
-    return (start + step).reshape(out, width, rank)

@@ -1,10 +1,11 @@
-"""What each layer could become: ranks with their milliseconds and the error they leave, and the choice among them."""
+"""What each layer could become: ranks with their measured milliseconds and the error that they leave."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import cast
 
 import numpy as np
@@ -18,8 +19,7 @@ from cveff.compress.low_rank_edit import METHODS, Factor, geometry, largest_rank
 STEP = 8
 """Ranks are multiples of this: engines compute channels in blocks, so ranks between cost as much as the next."""
 
-_GROWTH = {"svd": 1.15}
-_SLOW_GROWTH = 1.3
+_GROWTH = {"svd": 1.1, "spatial-vertical": 1.25, "spatial-horizontal": 1.25, "tucker": 1.4}
 """A rank is tried where it is this much above the last one; an SVD gives the errors of all ranks at once."""
 
 Stage = tuple[Factor, tuple[int, ...]]
@@ -155,22 +155,19 @@ def _factorised(
         basis = low_rank_math.output_basis(matrix, covariance, damping)
         energy = low_rank_math.dropped_energy(matrix, basis, covariance)
         for (rank,) in ranks:
-            yield (
-                (rank,),
-                lambda rank=rank: low_rank_math.svd_factors(weight, basis, rank),
-                float(energy[rank]),
-            )
+            yield (rank,), partial(low_rank_math.svd_factors, weight, basis, rank), float(energy[rank])
+        return
+    if method == "tucker":
+        for rank in ranks:
+            core = cast("tuple[int, int]", rank)
+            factors = low_rank_math.tucker_factors(weight, core, covariance, damping)
+            error = low_rank_math.relative_error(weight, low_rank_math.compose(factors), covariance)
+            yield rank, partial(tuple, factors), error
         return
     order = method.removeprefix("spatial-")
-    basis = None if method == "tucker" else low_rank_math.spatial_basis(weight, order, covariance, damping)
-    for rank in ranks:
-        factors: tuple[Tensor, ...] = (
-            low_rank_math.tucker_factors(weight, cast("tuple[int, int]", rank), covariance, damping)
-            if method == "tucker"
-            else low_rank_math.spatial_factors(weight, rank[0], order, covariance, damping, basis)
-        )
-        error = low_rank_math.relative_error(weight, low_rank_math.compose(factors), covariance)
-        yield rank, lambda factors=factors: factors, error
+    split = low_rank_math.SpatialSplit(weight, order, max(rank for (rank,) in ranks), covariance, damping)
+    for (rank,) in ranks:
+        yield (rank,), partial(split.factors, rank), split.error(rank)
 
 
 def candidate_ranks(layer: nn.Module, shape: tuple[int, ...], method: str) -> list[tuple[int, ...]]:
@@ -184,7 +181,7 @@ def candidate_ranks(layer: nn.Module, shape: tuple[int, ...], method: str) -> li
     ranks: list[tuple[int, ...]] = []
     last = 0
     for rank in range(STEP, most[0], STEP):
-        if last and rank < last * _GROWTH.get(method, _SLOW_GROWTH) and rank - last < STEP * last / 16:
+        if rank < last * _GROWTH[method]:
             continue
         if method != "tucker":
             ranks.append((rank,))
@@ -227,73 +224,6 @@ def macs(stages: Sequence[Stage]) -> int:
         factor.num_weights * math.prod(output_shape(factor, shape)) // factor.outputs
         for factor, shape in stages
     )
-
-
-def choose(layers: Mapping[str, LayerOptions], saving: float) -> dict[str, Option] | None:
-    """The options with the smallest total loss whose layers together save `saving` milliseconds.
-
-    A knapsack by Lagrangian bisection: at a price of λ a millisecond every layer decides alone; λ rises until the
-    saving is met. What is saved beyond it is then given back where it spares most loss.
-
-    Returns:
-        path -> option; layers that stay as they are have none. None where even the fastest options save less.
-    """
-    open_layers = {path: layer for path, layer in layers.items() if layer.options}
-
-    def decide(price: float) -> dict[str, Option]:
-        chosen = {}
-        for path, layer in open_layers.items():
-            best = min(layer.options, key=lambda option: option.loss + price * option.milliseconds)
-            if best.loss + price * best.milliseconds < price * layer.milliseconds:
-                chosen[path] = best
-        return chosen
-
-    def saved(chosen: Mapping[str, Option]) -> float:
-        return sum(layers[path].milliseconds - option.milliseconds for path, option in chosen.items())
-
-    fastest = {path: layer.options[0] for path, layer in open_layers.items()}
-    if saving <= 0:
-        return {}
-    if saved(fastest) < saving * (1 - 1e-9):
-        return None
-    low, high, chosen = 0.0, 1.0, fastest
-    for _ in range(200):
-        if saved(decide(high)) >= saving * (1 - 1e-9):
-            break
-        low, high = high, high * 4
-    for _ in range(60):
-        price = (low + high) / 2
-        found = decide(price)
-        if saved(found) >= saving * (1 - 1e-9):
-            high, chosen = price, found
-        else:
-            low = price
-    return _give_back(open_layers, chosen, saved(chosen) - saving)
-
-
-def _give_back(
-    layers: Mapping[str, LayerOptions], chosen: dict[str, Option], slack: float
-) -> dict[str, Option]:
-    """Take slower options with less loss while `slack` milliseconds allow it, the best bargain first."""
-    chosen = dict(chosen)
-    while True:
-        bargains = [
-            ((now.loss - loss) / time, path, option, time)
-            for path, now in chosen.items()
-            for option, loss, milliseconds in [
-                *((option, option.loss, option.milliseconds) for option in layers[path].options),
-                (None, 0.0, layers[path].milliseconds),
-            ]
-            if loss < now.loss and 0 < (time := milliseconds - now.milliseconds) <= slack
-        ]
-        if not bargains:
-            return chosen
-        _, path, option, time = max(bargains, key=lambda item: item[0])
-        slack -= time
-        if option is None:
-            del chosen[path]
-        else:
-            chosen[path] = option
 
 
 def install(chain: nn.Sequential, option: Option) -> None:

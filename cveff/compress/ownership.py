@@ -59,8 +59,12 @@ SUMS = frozenset("sum linalg_vector_norm norm".split())
 """Reductions to which a channel of zeros adds nothing; the others are taken over the channels that stay."""
 BALANCED = frozenset("chunk split tensor_split".split())
 """Cuts into equal parts, which stay equal only if every part loses as many channels."""
-CREATIONS = frozenset("zeros_like ones_like full_like empty_like rand_like randn_like new_zeros new_ones new_full".split())
-IGNORED = frozenset("_assert_tensor_metadata _assert_scalar sym_constrain_range_for_size _assert_async".split())
+CREATIONS = frozenset(
+    "zeros_like ones_like full_like empty_like rand_like randn_like new_zeros new_ones new_full".split()
+)
+IGNORED = frozenset(
+    "_assert_tensor_metadata _assert_scalar sym_constrain_range_for_size _assert_async".split()
+)
 
 
 class Ownership:
@@ -176,7 +180,11 @@ class Ownership:
         return self._canonical(self.tables[path])
 
     def _tensors(self, node: torch.fx.Node) -> list[torch.Tensor]:
-        return [self.value(item) for item in node.all_input_nodes if not isinstance(self.values.get(item.name), tuple)]
+        return [
+            self.value(item)
+            for item in node.all_input_nodes
+            if not isinstance(self.values.get(item.name), tuple)
+        ]
 
     def _canonical(self, owners: Any) -> Any:
         return canonical(owners, self.sets) if isinstance(owners, torch.Tensor) else owners
@@ -203,7 +211,9 @@ class Ownership:
         self.sets.union(first, second)
         alone = (first == NONE) ^ (second == NONE)
         if self._strict and alone.any():
-            self.sets.freeze(np.concatenate([first[alone], second[alone]]), "it shares a weight with a constant")
+            self.sets.freeze(
+                np.concatenate([first[alone], second[alone]]), "it shares a weight with a constant"
+            )
 
     def _parameter(self, node: Any) -> str | None:
         return self.trace.parameters.get(node.name) if isinstance(node, torch.fx.Node) else None
@@ -281,7 +291,9 @@ class Ownership:
             return atom.expand(tuple(shape.shape) or (1,)).reshape(tuple(shape.shape))
         if isinstance(shape, (tuple, list)):
             return tuple(
-                atom.expand(tuple(item.shape) or (1,)).reshape(tuple(item.shape)) if isinstance(item, torch.Tensor) else item
+                atom.expand(tuple(item.shape) or (1,)).reshape(tuple(item.shape))
+                if isinstance(item, torch.Tensor)
+                else item
                 for item in shape
             )
         return None
@@ -298,7 +310,9 @@ class Ownership:
         arguments, options = torch.fx.node.map_arg((list(node.args), dict(node.kwargs)), owners)
         if name in ("cat", "concat", "concatenate", "stack"):
             return self._concatenate(arguments, options, name == "stack")
-        if any(isinstance(item, torch.fx.Node) and item.name not in self._concrete for item in _indices(node)):
+        if any(
+            isinstance(item, torch.fx.Node) and item.name not in self._concrete for item in _indices(node)
+        ):
             return self._unknown(node)
         with torch.no_grad():
             result = node.target(*arguments, **options)  # type: ignore[operator]
@@ -340,7 +354,11 @@ class Ownership:
         # A constant that differs from channel to channel cannot follow when channels go.
         changing = varying(result)
         for value in values:
-            if self._strict and not has_owner(value) and any(_size(value, dim, len(shape)) > 1 for dim in changing):
+            if (
+                self._strict
+                and not has_owner(value)
+                and any(_size(value, dim, len(shape)) > 1 for dim in changing)
+            ):
                 self._freeze(result, f"{where} combines it with a constant")
         return result
 
@@ -384,7 +402,13 @@ class Ownership:
         return _channel(self.sets.find(outputs), 1, self.trace.shapes[node.name])
 
     def _group(
-        self, node: torch.fx.Node, path: str, inputs: np.ndarray, outputs: np.ndarray, groups: int, shape: tuple[int, ...]
+        self,
+        node: torch.fx.Node,
+        path: str,
+        inputs: np.ndarray,
+        outputs: np.ndarray,
+        groups: int,
+        shape: tuple[int, ...],
     ) -> None:
         """Couple the two sides of a grouped convolution."""
         if not (inputs != NONE).any():
@@ -433,7 +457,9 @@ class Ownership:
         outputs = self._project(node, value, weight, out_dim=1)  # type: ignore[arg-type]
         return self._combine([outputs, self.value(bias)], tuple(outputs.shape), self._where(node))  # type: ignore[arg-type]
 
-    def _project(self, node: torch.fx.Node, value: torch.fx.Node, weight: torch.fx.Node, out_dim: int) -> torch.Tensor:
+    def _project(
+        self, node: torch.fx.Node, value: torch.fx.Node, weight: torch.fx.Node, out_dim: int
+    ) -> torch.Tensor:
         path = self._parameter(weight)
         if path is None:
             return self._unknown(node)
@@ -451,7 +477,9 @@ class Ownership:
     def _batch_norm(self, node: torch.fx.Node) -> torch.Tensor:
         owners = self.value(node.args[0])  # type: ignore[arg-type]
         if operator_name(node) == "batch_norm" and bool(node.args[5]):
-            return self._unknown(node)  # statistics of the batch: it is a standardised weight, or training mode
+            return self._unknown(
+                node
+            )  # statistics of the batch: it is a standardised weight, or training mode
         channels = self._collapse(owners, 1, f"{self._where(node)} mixes it with constants")
         if channels is not None:
             for item in node.args[1:5]:
@@ -556,7 +584,9 @@ class Ownership:
         query, key, value = (self.value(item) for item in node.args[:3])  # type: ignore[arg-type]
         where = self._where(node)
         lead = (*torch.broadcast_shapes(query.shape[:-2], key.shape[:-2]),)
-        if query.shape[:-2] != key.shape[:-2] and all(q != k and k > 1 for q, k in zip(query.shape[:-2], key.shape[:-2], strict=True)):
+        if query.shape[:-2] != key.shape[:-2] and all(
+            q != k and k > 1 for q, k in zip(query.shape[:-2], key.shape[:-2], strict=True)
+        ):
             return self._unknown(node)
         scores = (*lead, query.shape[-2], key.shape[-2])
         if self._strict and node.kwargs.get("scale") is None and (varies(query, -1) or varies(key, -1)):

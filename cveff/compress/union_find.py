@@ -69,6 +69,4 @@ class UnionFind:
     @property
     def version(self) -> int:
         """Changes whenever sets merge or freeze."""
-        return int((self._parent != np.arange(len(self._parent))).sum()) * 2 + int(
-            (self._frozen > 0).sum()
-        )
+        return int((self._parent != np.arange(len(self._parent))).sum()) * 2 + int((self._frozen > 0).sum())

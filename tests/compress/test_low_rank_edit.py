@@ -50,7 +50,7 @@ def test_a_chain_at_full_rank_computes_the_convolution(method: str, settings: di
     elif method == "tucker":
         factors = math.tucker_factors(weight, rank)
     else:
-        factors = math.spatial_factors(weight, *rank, method.removeprefix("spatial-"))
+        factors = math.SpatialSplit(weight, method.removeprefix("spatial-"), *rank).factors(*rank)
     chain = build(layer, "conv", method, rank)
     with torch.no_grad():
         for part, factor in zip(chain, factors, strict=True):

@@ -29,6 +29,17 @@ def weight_of(out: int, channels: int, height: int, width: int, seed: int = 1) -
     return torch.randn(out, channels, height, width, generator=generator, dtype=torch.float64)
 
 
+def split(weight: Tensor, rank: int, order: str, covariance: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """A spatial split at one rank, made as one of several, whose formula for the error is checked."""
+    height, width = weight.shape[2:] if order == "vertical" else weight.shape[:1:-1]
+    largest = min(weight.shape[0] * width, weight.shape[1] * height)
+    every = math.SpatialSplit(weight, order, largest, covariance)
+    factors = every.factors(rank)
+    expected = math.relative_error(weight, math.compose(factors), covariance)
+    assert every.error(rank) == pytest.approx(expected, abs=1e-9)
+    return factors
+
+
 def measured(weight: Tensor, approximation: Tensor, patches: Tensor) -> float:
     """The output error on the patches themselves."""
     expected, found = (patches @ kernel.flatten(1).T for kernel in (weight, approximation))
@@ -46,8 +57,8 @@ def test_full_rank_is_the_same_function(shape: tuple[int, int, int, int], whiten
             weight, math.output_basis(weight.flatten(1), covariance), min(out, channels * height * width)
         ),
         math.tucker_factors(weight, (channels, out), covariance),
-        math.spatial_factors(weight, min(out * width, channels * height), "vertical", covariance),
-        math.spatial_factors(weight, min(out * height, channels * width), "horizontal", covariance),
+        split(weight, min(out * width, channels * height), "vertical", covariance),
+        split(weight, min(out * height, channels * width), "horizontal", covariance),
     ]
     for factors in made:
         assert torch.allclose(math.compose(factors), weight, rtol=0, atol=1e-6 * float(weight.abs().max()))
@@ -111,10 +122,10 @@ def test_spatial_split_gets_better_with_rank_and_with_whitening(order: str) -> N
     _, patches, covariance = patches_of((3, 3), 6)
     errors, plain = [], []
     for rank in (2, 4, 8, 12, 18):
-        approximation = math.compose(math.spatial_factors(weight, rank, order, covariance))
+        approximation = math.compose(split(weight, rank, order, covariance))
         errors.append(math.relative_error(weight, approximation, covariance))
         assert errors[-1] == pytest.approx(measured(weight, approximation, patches), abs=1e-9)
-        other = math.compose(math.spatial_factors(weight, rank, order))
+        other = math.compose(split(weight, rank, order))
         plain.append(math.relative_error(weight, other, covariance))
     assert errors == sorted(errors, reverse=True)
     assert all(ours <= theirs + 1e-9 for ours, theirs in zip(errors, plain, strict=True))
@@ -125,7 +136,7 @@ def test_spatial_split_gets_better_with_rank_and_with_whitening(order: str) -> N
 def test_a_separable_kernel_needs_rank_one_a_channel(order: str) -> None:
     column, row = torch.randn(5, 1), torch.randn(1, 3)
     weight = (column @ row)[None, None].double() * weight_of(4, 1, 1, 1)
-    factors = math.spatial_factors(weight, 1, order)
+    factors = split(weight, 1, order)
     assert torch.allclose(math.compose(factors), weight, atol=1e-9)
     first, last = factors
     assert first.shape[2:] == ((5, 1) if order == "vertical" else (1, 3))
@@ -169,7 +180,7 @@ def test_dead_layers_and_dead_inputs_do_no_harm() -> None:
     weight, nothing = weight_of(4, 6, 3, 3), torch.zeros(54, 54)
     for factors in (
         math.svd_factors(weight, math.output_basis(weight.flatten(1), nothing), 4),
-        math.spatial_factors(weight, 12, "vertical", nothing),
+        split(weight, 12, "vertical", nothing),
         math.tucker_factors(weight, (6, 4), nothing),
     ):
         assert math.compose(factors).isfinite().all()
@@ -180,7 +191,7 @@ def test_compose_is_what_the_chain_computes() -> None:
     x = torch.randn(1, 6, 9, 9, dtype=torch.float64)
     for factors in (
         math.tucker_factors(weight_of(8, 6, 3, 3), (3, 4)),
-        math.spatial_factors(weight_of(8, 6, 3, 5), 4, "horizontal"),
+        split(weight_of(8, 6, 3, 5), 4, "horizontal"),
     ):
         out = x
         for factor in factors:
