@@ -18,6 +18,9 @@ _HOME = {
     "reparameterize": "cveff.backbones.reparameterize:Reparameterize",
     "fold_batch_norm": "cveff.backbones.fold:FoldedBatchNorm",
     "low_rank": "cveff.compress.low_rank_edit:LowRankEdit",
+    "drop_blocks": "cveff.compress.drop_blocks:DropBlocks",
+    "prune_channels": "cveff.compress.prune_channels:PruneChannels",
+    "sparsity": "cveff.compress.sparsity:Sparsity",
 }
 
 

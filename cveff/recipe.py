@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from cveff.backbones import FoldBatchNorm, Reparameterize
-from cveff.compress import Distill, LowRank
+from cveff.compress import Distill, LowRank, Sparsify
 from cveff.data.augment import Augmentation
 from cveff.data.named import NAMED
 from cveff.errors import RecipeError
@@ -28,7 +28,7 @@ RECIPES = Path(__file__).parent / "model_zoo" / "recipes"
 
 def _step_kinds() -> dict[str, type]:
     """The recipe's union: every method a `[[steps]]` table can name by its `kind`."""
-    return {step.kind: step for step in (Reparameterize, FoldBatchNorm, Train, Distill, LowRank)}
+    return {step.kind: step for step in (Reparameterize, FoldBatchNorm, Train, Distill, LowRank, Sparsify)}
 
 
 @dataclass(frozen=True)
@@ -153,11 +153,7 @@ class Recipe:
                 "add a [train] table"
             )
         for index, step in enumerate(self.steps):
-            if (
-                index
-                and isinstance(step, (Train, Distill))
-                and any(_is_folding(earlier) for earlier in self.steps[:index])
-            ):
+            if index and _trains(step) and any(_is_folding(earlier) for earlier in self.steps[:index]):
                 raise RecipeError(
                     f"steps[{index}]: trains after branches or batch norms were merged; train first"
                 )
@@ -328,6 +324,10 @@ def parse_assignment(text: str) -> tuple[str, Any]:
         return key.strip(), tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
         return key.strip(), value.strip()
+
+
+def _trains(step: Step) -> bool:
+    return isinstance(step, (Train, Distill)) or (isinstance(step, Sparsify) and step.recover is not None)
 
 
 def _is_folding(step: Step) -> bool:

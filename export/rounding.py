@@ -147,6 +147,7 @@ def _compensated(weight: np.ndarray, scale: np.ndarray, moments: np.ndarray) -> 
     order = np.argsort(-diagonal, axis=1)  # (groups, inputs)
     moments = np.take_along_axis(np.take_along_axis(moments, order[:, :, None], 1), order[:, None, :], 2)
     remaining = np.take_along_axis(weight, np.broadcast_to(order[:, None, :], weight.shape), 2).copy()
+    is_zero = remaining == 0  # a sparse weight's zeros are not for making up: they stay
     largest = np.abs(remaining).argmax(axis=2)  # the grid is made from this weight, so it stays where it is
     inverse = np.linalg.cholesky(np.linalg.inv(moments)).transpose(0, 2, 1)  # upper triangular
     rounded = np.empty_like(remaining)
@@ -159,6 +160,7 @@ def _compensated(weight: np.ndarray, scale: np.ndarray, moments: np.ndarray) -> 
             value = remaining[:, :, column]
             nearest = np.clip(np.round(value / scale[:, :, 0]), -LEVELS, LEVELS) * scale[:, :, 0]
             nearest = np.where(largest == column, kept, nearest)
+            nearest = np.where(is_zero[:, :, column], 0.0, nearest)
             rounded[:, :, column] = nearest
             error = (value - nearest) / inverse[:, None, column, column]
             remaining[:, :, column:stop] -= error[:, :, None] * inverse[:, None, column, column:stop]

@@ -23,6 +23,7 @@ from cveff.schema import default_of, descriptions, kinds_of, nested
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 BEGIN, END = "<!-- keys: written by tools/cli_reference.py -->", "<!-- end of keys -->"
+_HEAD = "| key | meaning | default |\n|---|---|---|"
 
 INTRODUCTION = """# Command line
 
@@ -90,22 +91,34 @@ def _tables(settings: type, path: tuple[str, ...]) -> Iterator[str]:
     plain = [item for item in keys if not kinds_of(item)]
     if path:
         yield f"\n### `[{'.'.join(path)}]`\n"
-    yield "| key | meaning | default |\n|---|---|---|"
-    for item in plain:
-        default = default_of(item)
-        shown = (
-            "required"
-            if default is dataclasses.MISSING
-            else ""
-            if default is None
-            else f"`{literal(default)}`"
-        )
-        yield f"| `{item.name}` | {_text(texts[item.name])} | {shown} |"
+    yield _HEAD
+    yield from (_row(item, texts[item.name]) for item in plain)
     for name, table in inner.items():
         yield from _tables(table, (*path, name))
     for item in keys:
         for kind, step in kinds_of(item).items():
-            yield f'\n### `[[{item.name}]]` `kind = "{kind}"`\n\n{_text((step.__doc__ or "").split("Attributes:")[0])}'
+            about = (step.__doc__ or "").split("Attributes:")[0]
+            yield f'\n### `[[{item.name}]]` `kind = "{kind}"`\n\n{_text(about)}'
+            if dataclasses.fields(step) and step not in inner.values():
+                yield from ("", _HEAD, *_step_rows(step))
+
+
+def _step_rows(step: type) -> Iterator[str]:
+    """A step's own keys; a table within it is named, as its keys are listed elsewhere."""
+    texts, inner = descriptions(step), nested(step)
+    for item in dataclasses.fields(step):
+        if item.name in inner:
+            yield f"| `{item.name}` | {_text(texts[item.name])} | a table of `{inner[item.name].__name__}`'s keys |"
+        else:
+            yield _row(item, texts[item.name])
+
+
+def _row(item: dataclasses.Field[Any], text: str) -> str:
+    default = default_of(item)
+    shown = (
+        "required" if default is dataclasses.MISSING else "" if default is None else f"`{literal(default)}`"
+    )
+    return f"| `{item.name}` | {_text(text)} | {shown} |"
 
 
 def main() -> int:

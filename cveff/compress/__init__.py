@@ -1,8 +1,9 @@
-"""Compression: fewer channels, heads, blocks and ranks, with the dense network as the teacher."""
+"""Compression: methods that make a trained network smaller, and the fine-tuning that recovers its accuracy."""
 
 from __future__ import annotations
 
 from cveff.compress.distill import Distill
 from cveff.compress.low_rank import LowRank
+from cveff.compress.sparsify import Sparsify
 
-__all__ = ["Distill", "LowRank"]
+__all__ = ["Distill", "LowRank", "Sparsify"]

@@ -9,17 +9,19 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
+from torch import nn
 
+from cveff.compress.held_sizes import held_sizes
+from cveff.compress.layout import stays
 from cveff.compress.owners import along, canonical, varying
-from cveff.compress.ownership import Ownership
+from cveff.compress.ownership import Ownership, Role
+from cveff.compress.prune_channels import PruneChannels
 from cveff.compress.trace import Trace
 from cveff.compress.union_find import NONE
-
-Role = Literal["out", "in", "scale"]
+from cveff.errors import StepError
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,84 +60,132 @@ class Group:
 
 
 @dataclass(frozen=True, eq=False)
-class Channels:
-    """Groups, and where their units lie along every value of the graph.
+class Analysis:
+    """A network's groups, and where their units lie along every parameter and every value of the graph.
+
+    A layout is an int64 array (size, 2): the (group index, unit) of every index along a dimension; group -1 for
+    what belongs to no group that may be pruned.
 
     Attributes:
         groups: what may be pruned.
         frozen: what may not, with the reason.
-        layouts: node name -> dimension -> (group index, unit) of every index along it, (size, 2) int64; group -1:
-            of no group that may be pruned.
+        parameters: path -> dimension -> layout, for parameters and buffers.
+        values: node name -> dimension -> layout.
+        normalizers: names of nodes that take statistics over channels: over those that stay, once some are gone.
+        grouped: path of a grouped convolution's weight -> number of groups, where its groups are units.
+        norm_groups: node name -> number of groups of a group norm.
+        flexible: paths of modules whose code writes its input's width into a reshape.
+        unrelated: (module path, attribute) pairs that only happen to hold the size of something that shrinks.
     """
 
     trace: Trace
     groups: tuple[Group, ...]
     frozen: tuple[Group, ...]
-    layouts: Mapping[str, Mapping[int, np.ndarray]]
+    parameters: Mapping[str, Mapping[int, np.ndarray]]
+    values: Mapping[str, Mapping[int, np.ndarray]]
+    normalizers: frozenset[str]
+    grouped: Mapping[str, int]
+    norm_groups: Mapping[str, int]
+    flexible: frozenset[str] = frozenset()
+    unrelated: frozenset[tuple[str, str]] = frozenset()
+
+    def masks(self, keep: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        """One bool array a group, in order; groups that `keep` does not name stay whole.
+
+        Raises:
+            StepError: `keep` names an unknown group, has a wrong length, or leaves nothing of a group.
+        """
+        sizes = {group.name: group.size for group in self.groups}
+        for name, mask in keep.items():
+            if name not in sizes:
+                raise StepError(
+                    f"no group of channels is called {name!r}; known: {', '.join(list(sizes)[:5])}, …"
+                )
+            if len(mask) != sizes[name]:
+                raise StepError(f"{name} has {sizes[name]} units and the mask {len(mask)}")
+            if not np.any(mask):
+                raise StepError(
+                    f"nothing of {name} would be left; keep at least one of its {sizes[name]} units"
+                )
+        return [np.asarray(keep.get(group.name, np.ones(group.size)), bool) for group in self.groups]
 
     def shapes(self, keep: Mapping[str, np.ndarray]) -> dict[str, tuple[int, ...]]:
-        """Shape of every value once only the units of `keep` are left.
+        """Shape of every value and parameter node once only the units of `keep` are left.
 
         Args:
             keep: group name -> bool (size,); groups that are not named stay whole.
         """
-        masks = [keep.get(group.name, np.ones(group.size, bool)) for group in self.groups]
+        masks = self.masks(keep)
         shapes = dict(self.trace.shapes)
-        for name, dims in self.layouts.items():
+        layouts = {
+            **self.values,
+            **{
+                name: self.parameters[path]
+                for name, path in self.trace.parameters.items()
+                if path in self.parameters
+            },
+        }
+        for name, dims in layouts.items():
             shape = list(shapes[name])
-            for dim, places in dims.items():
-                shape[dim] = int(kept(places, masks).sum())
+            for dim, layout in dims.items():
+                shape[dim] = int(stays(layout, masks).sum())
             shapes[name] = tuple(shape)
         return shapes
 
+    def edit(self, keep: Mapping[str, np.ndarray], module: nn.Module) -> PruneChannels:
+        """The edit that leaves only the units of `keep`.
 
-def kept(places: np.ndarray, masks: list[np.ndarray]) -> np.ndarray:
-    """Which indices stay: `places` (size, 2) of (group, unit), `masks` one bool array a group -> bool (size,)."""
-    stays = np.ones(len(places), bool)
-    for index in np.unique(places[:, 0]):
-        if index >= 0:
-            mine = places[:, 0] == index
-            stays[mine] = masks[index][places[mine, 1]]
-    return stays
+        Args:
+            module: the network; only read, for the sizes its code holds.
+        """
+        masks = self.masks(keep)
+        slices: dict[str, dict[str, list[int]]] = {}
+        for path, dims in self.parameters.items():
+            for dim, layout in dims.items():
+                staying = stays(layout, masks)
+                if not staying.all():
+                    slices.setdefault(path, {})[str(dim)] = np.flatnonzero(staying).tolist()
+        return PruneChannels(slices, held_sizes(self, masks, module), tuple(sorted(self.flexible)))
 
 
-def find_channels(ownership: Ownership) -> Channels:
-    """Collect owners into groups: sets with a share in the same dimensions are interchangeable."""
-    sets, trace = ownership.sets, ownership.trace
+def find_groups(ownership: Ownership, refused: Mapping[str, str] | None = None) -> Analysis:
+    """Collect owners into groups: sets with a share in the same dimensions are interchangeable.
+
+    Args:
+        refused: name of a group -> why it may not be pruned.
+    """
+    sets, refused = ownership.sets, refused or {}
     slices = _slices(ownership)
     places: dict[int, list[tuple[str, int]]] = defaultdict(list)  # root -> the dimensions it has a share in
     for key, owners in slices.items():
         for root in np.unique(owners):
             if root != NONE:
                 places[int(root)].append(key)
-    makers = _makers(ownership)
+    makers = {key: index for index, key in enumerate(_makers(ownership))}
     families: dict[tuple[tuple[str, int], ...], list[int]] = defaultdict(list)
     for root in sorted(places):
         if any(key in makers for key in places[root]):
             families[tuple(sorted(places[root]))].append(root)
-    order = {key: index for index, key in enumerate(makers)}
     groups: list[Group] = []
     frozen: list[Group] = []
     where: dict[int, tuple[int, int]] = {}
     names: dict[str, int] = defaultdict(int)
     for keys, roots in sorted(
-        families.items(), key=lambda item: min(order.get(key, 10**9) for key in item[0])
+        families.items(), key=lambda item: min(makers.get(key, 10**9) for key in item[0])
     ):
-        first = min((key for key in keys if key in order), key=lambda key: order[key])
+        first = min((key for key in keys if key in makers), key=makers.__getitem__)
         base = first[0].rpartition(".")[0] or first[0]
         reasons = sets.reason(np.asarray(roots))
-        for is_frozen in (False, True):
-            chosen = [root for root, reason in zip(roots, reasons, strict=True) if bool(reason) == is_frozen]
-            if not chosen:
-                continue
-            reason = sets.reasons[int(reasons[roots.index(chosen[0])])] if is_frozen else ""
-            if len(chosen) == 1 and not is_frozen:
-                reason = "all of it lives and dies as one"
+        for code in sorted(set(reasons.tolist())):
+            chosen = [root for root, reason in zip(roots, reasons, strict=True) if reason == code]
             name = f"{base}#{names[base]}" if names[base] else base
             names[base] += 1
+            reason = sets.reasons[code] or refused.get(name, "")
+            if len(chosen) == 1 and not reason:
+                reason = "all of it lives and dies as one"
             units = {root: unit for unit, root in enumerate(chosen)}
             members = tuple(
-                Member(path, dim, ownership.roles[(path, dim)], _units(slices[(path, dim)], units))  # type: ignore[arg-type]
+                Member(path, dim, ownership.roles[(path, dim)], _units(slices[(path, dim)], units))
                 for path, dim in keys
             )
             group = Group(name, len(chosen), members, reason)
@@ -144,7 +194,21 @@ def find_channels(ownership: Ownership) -> Channels:
             else:
                 where |= {root: (len(groups), unit) for root, unit in units.items()}
                 groups.append(group)
-    return Channels(trace, tuple(groups), tuple(frozen), _layouts(ownership, where))
+    parameters: dict[str, dict[int, np.ndarray]] = defaultdict(dict)
+    for (path, dim), owners in slices.items():
+        layout = _layout(owners, where)
+        if layout is not None:
+            parameters[path][dim] = layout
+    return Analysis(
+        trace=ownership.trace,
+        groups=tuple(groups),
+        frozen=tuple(frozen),
+        parameters=dict(parameters),
+        values=_value_layouts(ownership, where),
+        normalizers=frozenset(ownership.normalizers),
+        grouped=dict(ownership.grouped.values()),
+        norm_groups=dict(ownership.norm_groups),
+    )
 
 
 def _slices(ownership: Ownership) -> dict[tuple[str, int], np.ndarray]:
@@ -184,21 +248,23 @@ def _units(owners: np.ndarray, units: Mapping[int, int]) -> np.ndarray:
     return np.asarray([units.get(int(root), -1) for root in owners], np.int64)
 
 
-def _layouts(ownership: Ownership, where: Mapping[int, tuple[int, int]]) -> dict[str, dict[int, np.ndarray]]:
+def _layout(owners: np.ndarray, where: Mapping[int, tuple[int, int]]) -> np.ndarray | None:
+    table = np.asarray([where.get(int(root), (-1, 0)) for root in owners], np.int64)
+    return table if (table[:, 0] >= 0).any() else None
+
+
+def _value_layouts(
+    ownership: Ownership, where: Mapping[int, tuple[int, int]]
+) -> dict[str, dict[int, np.ndarray]]:
     layouts: dict[str, dict[int, np.ndarray]] = {}
     for node in ownership.trace.nodes:
         value = ownership.values.get(node.name)
         if not isinstance(value, torch.Tensor):
             continue
         owners = canonical(value, ownership.sets)
-        dims = {}
         changing = varying(owners)
         if len(changing) == 1:
-            table = np.asarray(
-                [where.get(int(root), (-1, 0)) for root in along(owners, changing[0])], np.int64
-            )
-            if (table[:, 0] >= 0).any():
-                dims[changing[0]] = table
-        if dims:
-            layouts[node.name] = dims
+            layout = _layout(along(owners, changing[0]), where)
+            if layout is not None:
+                layouts[node.name] = {changing[0]: layout}
     return layouts

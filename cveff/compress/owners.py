@@ -60,8 +60,9 @@ def canonical(owners: torch.Tensor, sets: UnionFind) -> torch.Tensor:
 
 def along(owners: torch.Tensor, dim: int) -> np.ndarray:
     """Owners along `dim` of a value that changes along no other, (size,) int64."""
+    dim %= owners.ndim
     for other in reversed(range(owners.ndim)):
-        if other != dim % owners.ndim:
+        if other != dim:
             owners = owners.select(other, 0)
     return owners.numpy().copy()
 

@@ -32,38 +32,30 @@ from cveff.compress.trace import Trace
 from cveff.compress.union_find import NONE, UnionFind
 
 Attention = Literal["heads", "head_dims"]
+Role = Literal["out", "in", "scale"]
 
 LARGEST_TABLE = 2_000_000
 """Elements of a parameter that may be followed one by one."""
 
 MOVES = frozenset(
-    "view reshape permute transpose flatten unflatten squeeze unsqueeze expand select slice split split_with_sizes "
-    "chunk unbind cat stack contiguous clone alias detach roll flip t narrow repeat tile index index_select "
-    "pixel_shuffle pixel_unshuffle im2col view_as reshape_as expand_as movedim swapaxes hsplit concat concatenate "
-    "repeat_interleave rot90 lift_fresh_copy diagonal channel_shuffle unfold tensor_split".split()
+    ["view", "reshape", "permute", "transpose", "flatten", "unflatten", "squeeze", "unsqueeze", "expand", "select", "slice", "split", "split_with_sizes", "chunk", "unbind", "cat", "stack", "contiguous", "clone", "alias", "detach", "roll", "flip", "t", "narrow", "repeat", "tile", "index", "index_select", "pixel_shuffle", "pixel_unshuffle", "im2col", "view_as", "reshape_as", "expand_as", "movedim", "swapaxes", "hsplit", "concat", "concatenate", "repeat_interleave", "rot90", "lift_fresh_copy", "diagonal", "channel_shuffle", "unfold", "tensor_split"]
 )
 POINTWISE = frozenset(
-    "relu relu6 gelu silu sigmoid hardswish hardsigmoid hardtanh tanh exp exp2 expm1 sqrt rsqrt abs neg square log "
-    "log2 log1p clamp clamp_min clamp_max softplus mish leaky_relu elu selu celu erf sin cos reciprocal round floor "
-    "ceil sign logsigmoid dropout feature_dropout to type_as _to_copy float half pow add sub rsub mul div maximum "
-    "minimum where addcmul addcdiv lerp fmod remainder masked_fill logical_not bitwise_not logical_and logical_or "
-    "eq ne gt lt ge le nan_to_num threshold hardshrink softsign tanhshrink true_divide multiply subtract".split()
+    ["relu", "relu6", "gelu", "silu", "sigmoid", "hardswish", "hardsigmoid", "hardtanh", "tanh", "exp", "exp2", "expm1", "sqrt", "rsqrt", "abs", "neg", "square", "log", "log2", "log1p", "clamp", "clamp_min", "clamp_max", "softplus", "mish", "leaky_relu", "elu", "selu", "celu", "erf", "sin", "cos", "reciprocal", "round", "floor", "ceil", "sign", "logsigmoid", "dropout", "feature_dropout", "to", "type_as", "_to_copy", "float", "half", "pow", "add", "sub", "rsub", "mul", "div", "maximum", "minimum", "where", "addcmul", "addcdiv", "lerp", "fmod", "remainder", "masked_fill", "logical_not", "bitwise_not", "logical_and", "logical_or", "eq", "ne", "gt", "lt", "ge", "le", "nan_to_num", "threshold", "hardshrink", "softsign", "tanhshrink", "true_divide", "multiply", "subtract"]
 )
 SPATIAL = frozenset(
-    "max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d "
-    "adaptive_avg_pool3d adaptive_max_pool2d upsample_nearest1d upsample_nearest2d upsample_bilinear2d upsample_bicubic2d "
-    "upsample_linear1d _upsample_nearest_exact2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa lp_pool2d".split()
+    ["max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "adaptive_max_pool2d", "upsample_nearest1d", "upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d", "upsample_linear1d", "_upsample_nearest_exact2d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa", "lp_pool2d"]
 )
-REDUCTIONS = frozenset("mean sum amax amin linalg_vector_norm norm var std logsumexp all any prod".split())
-SUMS = frozenset("sum linalg_vector_norm norm".split())
+REDUCTIONS = frozenset(["mean", "sum", "amax", "amin", "linalg_vector_norm", "norm", "var", "std", "logsumexp", "all", "any", "prod"])
+SUMS = frozenset(["sum", "linalg_vector_norm", "norm"])
 """Reductions to which a channel of zeros adds nothing; the others are taken over the channels that stay."""
-BALANCED = frozenset("chunk split tensor_split".split())
+BALANCED = frozenset(["chunk", "split", "tensor_split"])
 """Cuts into equal parts, which stay equal only if every part loses as many channels."""
 CREATIONS = frozenset(
-    "zeros_like ones_like full_like empty_like rand_like randn_like new_zeros new_ones new_full".split()
+    ["zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "new_zeros", "new_ones", "new_full"]
 )
 IGNORED = frozenset(
-    "_assert_tensor_metadata _assert_scalar sym_constrain_range_for_size _assert_async".split()
+    ["_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range_for_size", "_assert_async"]
 )
 
 
@@ -89,7 +81,7 @@ class Ownership:
         self.values: dict[str, Any] = {}
         self.weights: dict[tuple[str, int], np.ndarray] = {}
         self.tables: dict[str, torch.Tensor] = {}
-        self.roles: dict[tuple[str, int], str] = {}
+        self.roles: dict[tuple[str, int], Role] = {}
         self.normalizers: set[str] = set()
         self.grouped: dict[str, tuple[str, int]] = {}
         self.norm_groups: dict[str, int] = {}
@@ -97,10 +89,6 @@ class Ownership:
         self._fresh: dict[str, np.ndarray] = {}
         self._strict = False
         self._rules: dict[str, Callable[[torch.fx.Node], Any]] = self._table_of_rules()
-        state = trace.program.state_dict
-        for name, path in trace.parameters.items():
-            if path in state and not state[path].is_floating_point():
-                self._concrete[name] = state[path].detach()
         self._settle()
         self._strict = True
         self._settle()
@@ -157,6 +145,13 @@ class Ownership:
                 self._concrete[node.name] = node.target(*arguments, **options)  # type: ignore[operator]
         return True
 
+    def merge(self, first: np.ndarray, second: np.ndarray) -> None:
+        """Make owners live and die together, and follow what that means through the graph."""
+        self.sets.union(first, second)
+        self._settle()
+        while self._make_rectangular():
+            self._settle()
+
     # ---------------------------------------------------------------- values
 
     def value(self, node: torch.fx.Node) -> torch.Tensor:
@@ -176,7 +171,7 @@ class Ownership:
                 atom = self._frozen_atom(f"parameter {path} is computed with before it is used")
                 self.tables[path] = torch.from_numpy(atom).expand(shape or (1,)).reshape(shape)
             else:
-                self.tables[path] = torch.from_numpy(self.sets.new(count)).reshape(shape)
+                self.tables[path] = torch.from_numpy(self.sets.new(count, is_made=False)).reshape(shape)
         return self._canonical(self.tables[path])
 
     def _tensors(self, node: torch.fx.Node) -> list[torch.Tensor]:
@@ -189,7 +184,7 @@ class Ownership:
     def _canonical(self, owners: Any) -> Any:
         return canonical(owners, self.sets) if isinstance(owners, torch.Tensor) else owners
 
-    def _weight(self, path: str, dim: int, size: int, role: str = "out") -> np.ndarray:
+    def _weight(self, path: str, dim: int, size: int, role: Role = "out") -> np.ndarray:
         """The owners that a parameter's dimension brings into being."""
         key = (path, dim)
         if key not in self.weights:
@@ -197,7 +192,7 @@ class Ownership:
             self.roles[key] = role
         return self.sets.find(self.weights[key])
 
-    def _use(self, path: str, dim: int, owners: np.ndarray, role: str) -> None:
+    def _use(self, path: str, dim: int, owners: np.ndarray, role: Role) -> None:
         """A parameter's dimension follows `owners`."""
         key = (path, dim)
         self.roles.setdefault(key, role)
@@ -365,7 +360,11 @@ class Ownership:
     def _combine_two(self, first: torch.Tensor, second: torch.Tensor, where: str) -> torch.Tensor:
         changing = set(varying(first)), set(varying(second))
         only_first, only_second = changing[0] - changing[1], changing[1] - changing[0]
-        if only_first or only_second:
+        if only_first and only_second and self._is_made(first) != self._is_made(second):
+            return first if self._is_made(first) else second  # a table that all channels share
+        # Entries of a table (relative positions) go with the one channel they are added to.
+        table = (only_first and not self._is_made(first)) or (only_second and not self._is_made(second))
+        if (only_first or only_second) and not table:
             if not self._strict:
                 return first if len(changing[0]) >= len(changing[1]) else second
             # One value meets several channels of the other: it has to stay while they may go.
@@ -381,6 +380,10 @@ class Ownership:
         if self._strict and alone.any():
             self.sets.freeze(np.concatenate([a[alone], b[alone]]), f"{where} combines it with a constant")
         return self._canonical(torch.maximum(first, second))
+
+    def _is_made(self, owners: torch.Tensor) -> bool:
+        """Whether a weight makes any of a value's channels."""
+        return bool(self.sets.is_made(compact(owners).reshape(-1).numpy()).any())
 
     def _convolve(self, node: torch.fx.Node) -> torch.Tensor:
         path = self._parameter(node.args[1])
@@ -436,7 +439,9 @@ class Ownership:
             return
         path = self._parameter(bias)
         if path is None:
-            self.sets.freeze(outputs, f"the bias of {self._where(node)} is computed")
+            value = self.value(bias)  # type: ignore[arg-type]
+            made = _channel(self.sets.find(outputs), 0, (len(outputs),))
+            self._combine([made, value], (len(outputs),), self._where(node))
         else:
             self._use(path, 0, outputs, "out")
 
@@ -545,8 +550,11 @@ class Ownership:
                         self._freeze(value, f"{where} multiplies channels with channels")
                 return nobody(shape)
             left, right = tight(left), tight(right)
-            both = self._combine([left, right], tuple(left.shape), where)
             heads = [dim for dim in range(batch) if varies(left, dim) or varies(right, dim)]
+            if self.attention == "heads" and heads and self._is_shared(left, right, batch, where):
+                both = left if any(varies(left, dim) for dim in heads) else right
+            else:
+                both = self._combine([left, right], tuple(left.shape), where)
             if heads and self.attention == "heads":
                 first = both.narrow(-2, 0, 1).expand(both.shape)
                 self.sets.union(*pairs(tight(both), tight(first)))
@@ -561,6 +569,10 @@ class Ownership:
             return right if has_owner(right) else left
         batch = range(len(shape) - 2)
         if self.attention == "heads" and any(varies(left, dim) or varies(right, dim) for dim in batch):
+            if self._is_shared(left, right, len(shape) - 2, where):
+                owner = left if any(varies(left, dim) for dim in batch) else right
+                self._tie_batches(owner, owner, shape)
+                return self._canonical(owner)
             self._tie_batches(left, right, shape)
             return self._canonical(left)
         if varies(left, -2) and varies(right, -1) and self._strict:
@@ -568,6 +580,17 @@ class Ownership:
                 self._freeze(value, f"{where} multiplies channels with channels")
             return left
         return self._combine([left, right], shape, where)
+
+    def _is_shared(self, left: torch.Tensor, right: torch.Tensor, batch: int, where: str) -> bool:
+        """Whether all heads of one side use the same channels of the other (multi-query); those then stay."""
+        own = [any(varies(value, dim) for dim in range(batch)) for value in (left, right)]
+        if own[0] == own[1]:
+            return False
+        shared = right if own[0] else left
+        if not varying(shared):
+            return False
+        self._freeze(shared, f"{where} shares it among heads")
+        return True
 
     def _tie_batches(self, left: torch.Tensor, right: torch.Tensor, shape: tuple[int, ...]) -> None:
         """Merge all owners within each batch entry (head) of two values of `shape`."""

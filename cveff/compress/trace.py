@@ -23,8 +23,8 @@ class Trace:
 
     Attributes:
         program: the exported program; its graph is `program.graph`.
-        parameters: placeholder's node name -> path in the state dict, for parameters and buffers.
-        constants: placeholder's node name -> value, for tensors that are not in the state dict.
+        parameters: placeholder's node name -> path in the module, for floating-point parameters and buffers.
+        constants: placeholder's node name -> value, for other tensors: indices, and constants made in the code.
         shapes: node name -> shape of its value, for nodes that are one tensor.
         modules: node name -> path of the innermost module that computed it.
     """
@@ -59,15 +59,16 @@ def trace(module: nn.Module, spec: InputSpec) -> Trace:
     finally:
         module.train(training)
     parameters, constants = {}, {}
-    persistent = module.state_dict().keys()
     for item in program.graph_signature.input_specs:
         name = item.arg.name
-        if item.kind in _NAMED and item.target in persistent:
+        if item.kind not in (*_NAMED, InputKind.CONSTANT_TENSOR):
+            continue
+        value = program.constants.get(str(item.target))
+        if value is None:
+            value = program.state_dict[str(item.target)]
+        if item.kind in _NAMED and value.is_floating_point():
             parameters[name] = str(item.target)
-        elif item.kind in (*_NAMED, InputKind.CONSTANT_TENSOR):
-            value = program.constants.get(str(item.target))
-            if value is None:
-                value = program.state_dict[str(item.target)]
+        else:
             constants[name] = value.detach()
     shapes, modules = {}, {}
     for node in program.graph.nodes:

@@ -16,14 +16,20 @@ class UnionFind:
     def __init__(self) -> None:
         self._parent = np.zeros(1, np.int64)
         self._frozen = np.zeros(1, np.int32)
+        self._made = np.zeros(1, bool)
         self.reasons: list[str] = [""]
 
-    def new(self, count: int) -> np.ndarray:
-        """`count` fresh atoms, (count,) int64."""
+    def new(self, count: int, is_made: bool = True) -> np.ndarray:
+        """`count` fresh atoms, (count,) int64.
+
+        Args:
+            is_made: whether a weight makes them; entries of a table that is only added or multiplied are not.
+        """
         first = len(self._parent)
         atoms = np.arange(first, first + count)
         self._parent = np.concatenate([self._parent, atoms])
         self._frozen = np.concatenate([self._frozen, np.zeros(count, np.int32)])
+        self._made = np.concatenate([self._made, np.full(count, is_made)])
         return atoms
 
     def find(self, atoms: np.ndarray) -> np.ndarray:
@@ -50,7 +56,10 @@ class UnionFind:
         np.minimum.at(smallest, labels, roots)
         frozen = np.zeros(count, np.int32)
         np.maximum.at(frozen, labels, self._frozen[roots])
+        made = np.zeros(count, bool)
+        np.logical_or.at(made, labels, self._made[roots])
         self._parent[roots] = smallest[labels]
+        self._made[smallest] = made
         self._frozen[smallest] = frozen
 
     def freeze(self, atoms: np.ndarray, reason: str) -> None:
@@ -61,6 +70,10 @@ class UnionFind:
             if reason not in self.reasons:
                 self.reasons.append(reason)
             self._frozen[roots] = self.reasons.index(reason)
+
+    def is_made(self, atoms: np.ndarray) -> np.ndarray:
+        """Whether a weight makes each atom's set; bool of the same shape."""
+        return self._made[self.find(atoms)]
 
     def reason(self, atoms: np.ndarray) -> np.ndarray:
         """Index into `reasons` of each atom's set; 0 where it is free."""

@@ -139,6 +139,19 @@ def test_independent_inputs_are_rounded_to_the_nearest() -> None:
     np.testing.assert_allclose(rounded, np.round(weight / scale) * scale, rtol=0, atol=1e-12)
 
 
+def test_zeros_stay_zeros_while_the_others_make_up_for_each_other() -> None:
+    random = np.random.default_rng(0)
+    weight = random.normal(size=(1, 6, 32))
+    weight[random.random(weight.shape) < 0.5] = 0
+    x = random.normal(size=(1, 200, 32)) @ random.normal(size=(1, 32, 32))
+    scale = np.abs(weight).max(axis=2, keepdims=True) / LEVELS
+    rounded = _compensated(weight, scale, x.transpose(0, 2, 1) @ x / 200)
+    assert not rounded[weight == 0].any()
+    nearest = np.round(weight / scale) * scale
+    error, plain = (np.square(x @ (found - weight).transpose(0, 2, 1)).mean() for found in (rounded, nearest))
+    assert error < plain
+
+
 def test_mean_error_is_what_the_bias_must_lose() -> None:
     node = onnx.helper.make_node("Gemm", ["x", "w", "b"], ["y"], transB=1)
     weight = np.random.default_rng(0).normal(size=(1, 3, 4))

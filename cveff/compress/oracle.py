@@ -1,0 +1,92 @@
+"""The law of structured pruning: the small network computes what the dense one does with those channels at zero.
+
+The dense side runs the exported graph with every share of the removed channels set to zero; statistics over
+channels (layer norm, a mean over channels) are taken over those that stay, as the small network takes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx
+
+from cveff.compress.groups import Analysis
+from cveff.compress.layout import stays
+from cveff.compress.ownership import operator_name
+
+
+@torch.no_grad()
+def zeroed(analysis: Analysis, keep: Mapping[str, np.ndarray], images: torch.Tensor) -> torch.Tensor:
+    """Output of the dense network with the contributions of removed channels at zero.
+
+    Args:
+        keep: group name -> bool (size,): which units stay.
+        images: (N, C, H, W) float, normalised.
+
+    Returns:
+        (N, classes) float.
+    """
+    masks = analysis.masks(keep)
+    program = analysis.trace.program
+    values: list[Any] = []
+    for node in analysis.trace.nodes:
+        if node.op != "placeholder":
+            continue
+        path = analysis.trace.parameters.get(node.name)
+        if path is not None:
+            tensor = program.state_dict[path] if path in program.state_dict else program.constants[path]
+            values.append(_without(tensor.detach(), analysis.parameters.get(path, {}), masks))
+        elif node.name in analysis.trace.constants:
+            values.append(analysis.trace.constants[node.name])
+        else:
+            values.append(None)
+    position = values.index(None)
+    outputs = []
+    for image in images:
+        # In-place operators would write into the state dict's own tensors.
+        arguments = [value.clone() if isinstance(value, torch.Tensor) else value for value in values]
+        arguments[position] = image[None]
+        result = _Masked(analysis, masks).run(*arguments)
+        outputs.append(result[0] if isinstance(result, (tuple, list)) else result)
+    return torch.cat(outputs)
+
+
+def _without(tensor: torch.Tensor, dims: Mapping[int, np.ndarray], masks: list[np.ndarray]) -> torch.Tensor:
+    result = tensor.clone()
+    for dim, layout in dims.items():
+        gone = torch.from_numpy(np.flatnonzero(~stays(layout, masks)))
+        result.index_fill_(dim, gone, 0)
+    return result
+
+
+class _Masked(fx.Interpreter):
+    """The dense graph, with statistics over the channels that stay."""
+
+    def __init__(self, analysis: Analysis, masks: list[np.ndarray]) -> None:
+        super().__init__(analysis.trace.program.graph_module)
+        self._analysis, self._masks = analysis, masks
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run one node; those that normalise see only what stays."""
+        layouts = {}
+        if n.name in self._analysis.normalizers and isinstance(n.args[0], fx.Node):
+            layouts = self._analysis.values.get(n.args[0].name, {})
+        if not layouts:
+            return super().run_node(n)
+        ((dim, layout),) = layouts.items()
+        left = torch.from_numpy(np.flatnonzero(stays(layout, self._masks)))
+        arguments, options = self.fetch_args_kwargs_from_env(n)
+        whole = arguments[0]
+        small = [whole.index_select(dim, left), *arguments[1:]]
+        if operator_name(n) in ("layer_norm", "rms_norm"):
+            small[1] = [len(left)]
+        for position, argument in enumerate(small[1:], 1):
+            if isinstance(argument, torch.Tensor) and argument.shape == (len(layout),):
+                small[position] = argument.index_select(0, left)
+        result = n.target(*small, **options)  # type: ignore[operator]
+        if result.ndim != whole.ndim or result.shape[dim] != len(left) or result.shape[dim] == 1:
+            return result
+        return torch.zeros_like(whole).index_copy_(dim, left, result)
