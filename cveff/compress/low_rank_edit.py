@@ -190,9 +190,9 @@ def build(layer: nn.Module, path: str, method: str, rank: tuple[int, ...]) -> nn
     weight = cast(torch.Tensor, layer.weight)
     layers = []
     for index, factor in enumerate(factors):
-        bias, kind = index == len(factors) - 1, {"device": weight.device, "dtype": weight.dtype}
+        bias = index == len(factors) - 1
         layers.append(
-            nn.Linear(factor.inputs, factor.outputs, bias, **kind)
+            nn.Linear(factor.inputs, factor.outputs, bias, weight.device, weight.dtype)
             if factor.is_linear
             else nn.Conv2d(
                 factor.inputs,
@@ -202,7 +202,8 @@ def build(layer: nn.Module, path: str, method: str, rank: tuple[int, ...]) -> nn
                 factor.padding,
                 factor.dilation,
                 bias=bias,
-                **kind,
+                device=weight.device,
+                dtype=weight.dtype,
             )
         )
     return nn.Sequential(*layers).train(layer.training)

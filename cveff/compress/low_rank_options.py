@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import cast
 
@@ -89,7 +89,7 @@ def layer_options(
     tried = [
         (method, rank)
         for method in methods
-        for rank in candidate_ranks(layer, shape, method)
+        for rank in candidate_ranks(layer, method)
         if macs(chain(geometry(layer, method, rank), shape)) < (1 - min_gain) * macs(dense)
     ]
     if not tried:
@@ -107,12 +107,11 @@ def layer_options(
     found = []
     for method in dict.fromkeys(tried[index][0] for index in fast):
         ranks = {tried[index][1]: spent[index] for index in fast if tried[index][0] == method}
-        for rank, factors, error in _factorised(weight, method, list(ranks), statistics, damping):
-            option = Option(method, rank, ranks[rank], error, sensitivity * error)
-            found.append((option, factors))
+        for rank, make, error in _factorised(weight, method, list(ranks), statistics, damping):
+            found.append((Option(method, rank, ranks[rank], error, sensitivity * error), make))
     smallest = min(option.error for option, _ in found)
     if max_error is not None:
-        found = [(option, factors) for option, factors in found if option.error <= max_error]
+        found = [(option, make) for option, make in found if option.error <= max_error]
     if not found:
         return LayerOptions(
             now,
@@ -124,20 +123,11 @@ def layer_options(
     for option, make in sorted(found, key=lambda item: (item[0].milliseconds, item[0].error)):
         if kept and option.error >= kept[-1].error:
             continue
-        factors = make()
+        kernels = make()
         mean = None if statistics is None else statistics.mean
-        corrected = low_rank_math.corrected_bias(weight, low_rank_math.compose(factors), bias, mean)
-        kept.append(
-            Option(
-                option.method,
-                option.rank,
-                option.milliseconds,
-                option.error,
-                option.loss,
-                tuple(factor.float() for factor in factors),
-                corrected.float(),
-            )
-        )
+        corrected = low_rank_math.corrected_bias(weight, low_rank_math.compose(kernels), bias, mean)
+        factors = tuple(kernel.float() for kernel in kernels)
+        kept.append(replace(option, factors=factors, bias=corrected.float()))
     return LayerOptions(now, tuple(kept))
 
 
@@ -158,11 +148,10 @@ def _factorised(
             yield (rank,), partial(low_rank_math.svd_factors, weight, basis, rank), float(energy[rank])
         return
     if method == "tucker":
-        for rank in ranks:
-            core = cast("tuple[int, int]", rank)
-            factors = low_rank_math.tucker_factors(weight, core, covariance, damping)
+        for pair in ranks:
+            factors = low_rank_math.tucker_factors(weight, cast("tuple[int, int]", pair), covariance, damping)
             error = low_rank_math.relative_error(weight, low_rank_math.compose(factors), covariance)
-            yield rank, partial(tuple, factors), error
+            yield pair, partial(tuple[Tensor, ...], factors), error
         return
     order = method.removeprefix("spatial-")
     split = low_rank_math.SpatialSplit(weight, order, max(rank for (rank,) in ranks), covariance, damping)
@@ -170,7 +159,7 @@ def _factorised(
         yield (rank,), partial(split.factors, rank), split.error(rank)
 
 
-def candidate_ranks(layer: nn.Module, shape: tuple[int, ...], method: str) -> list[tuple[int, ...]]:
+def candidate_ranks(layer: nn.Module, method: str) -> list[tuple[int, ...]]:
     """Ranks worth trying: multiples of `STEP` below full rank; none where the method does not fit the layer."""
     (whole,) = geometry(layer)
     if method != "svd" and (whole.is_linear or whole.kernel == (1, 1)):

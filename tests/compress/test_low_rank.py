@@ -431,8 +431,8 @@ def test_chains_know_their_shapes_and_operations() -> None:
                 assert tuple(x.shape) == shape
                 x = part(x)
         assert macs(stages) == counter.get_total_flops() / 2
-    assert all(rank % 8 == 0 for (rank,) in candidate_ranks(layer, (1, 16, 13, 17), "svd"))
-    assert candidate_ranks(nn.Linear(64, 64), (1, 64), "tucker") == []
+    assert all(rank % 8 == 0 for (rank,) in candidate_ranks(layer, "svd"))
+    assert candidate_ranks(nn.Linear(64, 64), "tucker") == []
 
 
 def test_blocks_are_what_the_latency_table_measures() -> None:

@@ -91,7 +91,7 @@ def one_layer(
     for method in METHODS:
         ranks = [
             rank
-            for rank in candidate_ranks(layer, shape, method)
+            for rank in candidate_ranks(layer, method)
             if macs(chain(geometry(layer, method, rank), shape)) < macs(dense)
         ]
         for rank in ranks:
