@@ -15,8 +15,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-DAMPING = 1e-3
-"""Share of the mean variance added to every input's own: directions that no calibration image shows still count."""
+DAMPING = 0.3
+"""Share of the mean variance added to every input's own: directions that no calibration image shows still count.
+
+On images that the fit has not seen, up to 0.3 costs nothing where the fit saw many (Fashion-MNIST) and helps where it
+saw few (crops of nine photographs, EfficientNet-Lite0); 1 costs a little everywhere.
+"""
 
 _RIDGE = 1e-6
 """Relative ridge of the last factor's least squares, above the rounding of a float32 covariance."""
