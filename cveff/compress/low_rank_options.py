@@ -100,10 +100,10 @@ def layer_options(
     spent = [sum(float(next(times)) for _ in stage) for stage in stages]
     fast = [index for index, time in enumerate(spent) if time <= (1 - min_gain) * now]
     if not fast:
-        best = 1 - min(spent) / now
-        return LayerOptions(
-            now, (), f"would not get {min_gain:.0%} faster: the best rank saves {best:.0%} of {now:.3f} ms"
+        reason = (
+            f"would not get {min_gain:.0%} faster: the best rank takes {min(spent):.3f} ms, not {now:.3f}"
         )
+        return LayerOptions(now, (), reason)
     found = []
     for method in dict.fromkeys(tried[index][0] for index in fast):
         ranks = {tried[index][1]: spent[index] for index in fast if tried[index][0] == method}

@@ -410,7 +410,9 @@ def test_layers_that_gain_nothing_have_no_options() -> None:
     layer, shape = nn.Conv2d(32, 32, 3, padding=1), (1, 32, 8, 8)
     assert layer_options(layer, shape, macs_cost).options
     flat = layer_options(layer, shape, lambda stages: [1.0] * len(stages))
-    assert not flat.options and "would not get 5% faster: the best rank saves -100%" in flat.reason
+    assert (
+        not flat.options and "would not get 5% faster: the best rank takes 2.000 ms, not 1.000" in flat.reason
+    )
     tight = layer_options(layer, shape, macs_cost, max_error=1e-6)
     assert not tight.options and "loses at least" in tight.reason
     assert "so small" in layer_options(nn.Linear(6, 6), (1, 6), macs_cost).reason
