@@ -16,8 +16,11 @@ from cveff.errors import StepError
 from cveff.model import Model, with_module
 from cveff.steps import Run
 
-ROUNDS = 6
+ROUNDS = 8
 """Times that ranks are chosen and the file is measured; the table's milliseconds are corrected in between."""
+
+UNDOINGS = 4
+"""Rounds that may undo layers; later ones only follow the goal."""
 
 TOLERANCE = 0.02
 """Relative excess over the latency goal that counts as met: files cannot be timed more closely."""
@@ -59,11 +62,13 @@ class Found:
 
 
 class Search:
-    """Args:
-    model: the dense one, left as it is.
-    layers: what each layer could become.
-    reasons: why other layers cannot become anything.
-    goal: share of the file's time, or None: every layer takes its fastest option.
+    """One search for one model.
+
+    Args:
+        model: the dense one, left as it is.
+        layers: what each layer could become.
+        reasons: why other layers cannot become anything.
+        goal: share of the file's time, or None: every layer takes its fastest option.
     """
 
     def __init__(
@@ -78,6 +83,7 @@ class Search:
         self._layers = dict(layers)
         self._reasons = {**reasons, **{path: item.reason for path, item in layers.items() if item.reason}}
         self._checked: set[tuple[Any, ...]] = set()
+        self._undoings = 0
 
     def run(self) -> Found:
         """Find the ranks.
@@ -110,7 +116,7 @@ class Search:
                 break
             times, useless = self._time(chosen)
             if useless and len(useless) < len(chosen):
-                self._close(useless)
+                self._close({path: chosen[path] for path in useless})
                 continue
             tried, dense, now = chosen, times["dense"], times["low rank"]
             found = self._found(chosen, dense, now)
@@ -138,12 +144,12 @@ class Search:
         """Every layer at its fastest, without those that the file is no slower without."""
         times, useless = self._time(self._fastest())
         if useless:
-            self._close(useless)
+            self._close({path: self._fastest()[path] for path in useless})
             if self._fastest():
                 times, _ = self._time(self._fastest())
         dense, now = times["dense"], times["low rank"]
         if not self._fastest() or now >= dense:
-            self._close(list(self._fastest()))
+            self._close(self._fastest())
             return self._found({}, dense, dense)
         return self._found(self._fastest(), dense, now)
 
@@ -164,7 +170,9 @@ class Search:
         models = {"dense": self._model, "low rank": factorised(self._model, chosen)}
         asked = {f"without {paths[0]}": (key, paths) for key, paths in groups.items()}
         asked = {
-            name: item for name, item in asked.items() if item[0] not in self._checked and len(groups) > 1
+            name: item
+            for name, item in asked.items()
+            if item[0] not in self._checked and len(groups) > 1 and self._undoings < UNDOINGS
         }
         for name, (key, paths) in asked.items():
             rest = {path: option for path, option in chosen.items() if path not in paths}
@@ -176,12 +184,16 @@ class Search:
         ]
         return times, useless
 
-    def _close(self, paths: list[str]) -> None:
-        """Leave layers alone whose chains did not make the file faster."""
-        for path in paths:
-            reason = "was undone: in the file its factors were no faster"
-            self._layers[path] = replace(self._layers[path], options=(), reason=reason)
-            self._reasons[path] = reason
+    def _close(self, useless: Mapping[str, Option]) -> None:
+        """Give up options that did not make the file faster, and those that the table has for slower still."""
+        self._undoings += 1
+        for path, option in useless.items():
+            layer = self._layers[path]
+            left = tuple(other for other in layer.options if other.milliseconds < option.milliseconds)
+            reason = "" if left else "was undone: in the file its factors were no faster"
+            self._layers[path] = replace(layer, options=left, reason=reason)
+            if reason:
+                self._reasons[path] = reason
 
     def _found(self, chosen: Mapping[str, Option], before: float | None, after: float | None) -> Found:
         reasons = dict(self._reasons)
