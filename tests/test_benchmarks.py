@@ -16,7 +16,17 @@ from cveff.runtime.preprocess import preprocess
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "tools" / "benchmarks"
-SCRIPTS = ("engines", "lite0", "fashion_mnist", "digits", "startup", "distill", "sparsity", "importance")
+SCRIPTS = (
+    "engines",
+    "lite0",
+    "fashion_mnist",
+    "digits",
+    "startup",
+    "distill",
+    "importance",
+    "low_rank",
+    "sparsity",
+)
 RESULTS = sorted((ROOT / "model_zoo" / "results").glob("*.json"))
 
 
