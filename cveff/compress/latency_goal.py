@@ -11,6 +11,7 @@ from cveff.compress.groups import Analysis
 from cveff.compress.latency_model import LatencyModel
 from cveff.compress.sensitivity import Cost
 from cveff.compress.sizes import Sizes
+from cveff.compress.trace import Trace, trace
 from cveff.errors import StepError
 from cveff.measure.block_latency import BlockLatency
 from cveff.model import Model, with_module
@@ -57,8 +58,8 @@ class LatencyGoal:
         Raises:
             StepError: the smallest network the settings allow is slower; the message says how fast it is.
         """
-        full = self._cost(self._sizes.full)
-        wanted, low, high = share * full, 0.0, full  # predicted milliseconds, and what brackets them
+        whole = self.predict(trace(self._reference.module, self._reference.spec.input))
+        wanted, low, high = share * whole, 0.0, whole  # predicted milliseconds, and what brackets them
         best: tuple[float, dict[str, int]] | None = None
         tried: dict[tuple[int, ...], float] = {}
         for attempt in range(ATTEMPTS):
@@ -94,6 +95,10 @@ class LatencyGoal:
         """The proposed prediction, kept inside what has been bracketed."""
         margin = 0.05 * (high - low)
         return float(np.clip(wanted, low + margin, high - margin))
+
+    def predict(self, network: Trace) -> float:
+        """Milliseconds of a traced network, by the blocks' table."""
+        return self._predictor.predict(network)
 
     def _cost(self, counts: Mapping[str, int]) -> float:
         return self._predictor.predict(self._analysis.trace, self._sizes.shapes(counts))

@@ -101,7 +101,7 @@ def measured_curves(
                 keep = {group.name: keep_best(scores[group.name], count)}
                 small = analysis.edit(keep, module).apply(light_copy(module)).eval()
                 _recalibrate(small, given[:number])
-                losses[count] = _divergence(small, given[:number], dense, group.name)
+                losses[count] = divergence(small, given[:number], dense, group.name)
             curves[group.name] = _curve(group, losses, round_to, min_fraction)
     return curves
 
@@ -114,9 +114,18 @@ def _recalibrate(small: nn.Module, batches: Batches) -> None:
     recalibrate_batch_norm(small, batches)
 
 
-def _divergence(
+def divergence(
     small: nn.Module, batches: Batches, dense: Sequence[torch.Tensor], name: str
 ) -> float:
+    """Mean KL(dense ‖ small) over images, in nats.
+
+    Args:
+        dense: log-probabilities of the dense network for every batch.
+        name: of what was taken away, for the error.
+
+    Raises:
+        StepError: the answers are not finite.
+    """
     total, count = 0.0, 0
     for (images, _), expected in zip(batches, dense, strict=True):
         answer = F.log_softmax(small(images).float(), 1)

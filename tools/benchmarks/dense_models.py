@@ -63,7 +63,9 @@ MODELS = {
 }
 
 
-def dense(name: str, seed: int, data: Data, folder: Path, progress: Progress, epochs: int | None = None) -> Model:
+def dense(
+    name: str, seed: int, data: Data, folder: Path, progress: Progress, epochs: int | None = None
+) -> Model:
     """The trained network, from `folder` if it is there; training that was stopped goes on where it was.
 
     Args:
