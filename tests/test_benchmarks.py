@@ -16,7 +16,8 @@ from cveff.runtime.preprocess import preprocess
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "tools" / "benchmarks"
-SCRIPTS = ("engines", "lite0", "fashion_mnist", "digits", "startup")
+SCRIPTS = ("engines", "lite0", "fashion_mnist", "digits", "startup", "choices")
+HELPERS = ("common", "peers", "photos", "trained", "workshop", "choices_onnxruntime", "choices_openvino")
 RESULTS = sorted((ROOT / "model_zoo" / "results").glob("*.json"))
 
 
@@ -29,7 +30,7 @@ def benchmark_module(monkeypatch: pytest.MonkeyPatch):
         return importlib.import_module(name)
 
     yield load
-    for name in [*SCRIPTS, "common", "peers", "photos", "trained"]:
+    for name in [*SCRIPTS, *HELPERS]:
         sys.modules.pop(name, None)
 
 

@@ -138,7 +138,9 @@ def test_quantizing_is_silent_and_leaves_the_loggers_alone(source, tmp_path, cap
     )
 
 
-def test_torchs_builder_of_extensions_does_not_warn_of_a_missing_device(source, tmp_path, monkeypatch, caplog):
+def test_torchs_builder_of_extensions_does_not_warn_of_a_missing_device(
+    source, tmp_path, monkeypatch, caplog
+):
     builder, quantize = logging.getLogger("torch.utils.cpp_extension"), nncf.quantize
 
     def warns(*arguments, **settings):
