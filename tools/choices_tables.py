@@ -91,11 +91,14 @@ def static_batch(values: Values) -> str:
             f"{name} / {batch}",
             *(f"{cell['median_ms'][file]:.2f} ms" for file in ("fixed", "open")),
             interval(cell["ratio"]["open"]),
+            f"{model['int8_relative_difference']:.1%}",
         ]
         for name, model in values["sections"]["static_batch"]["models"].items()
         for batch, cell in model["by_batch"].items()
     ]
-    return markdown(["model / batch", "compiled for the batch", "open to any", "open / fixed"], rows)
+    return markdown(
+        ["model / batch", "compiled for the batch", "open to any", "open / fixed", "int8 differs by"], rows
+    )
 
 
 def smoothing(values: Values) -> str:
