@@ -1,5 +1,6 @@
-"""What the documentation says of design choices, measured: one section for each claim, times interleaved.
+"""What the documentation says of design choices, measured: one section for each claim.
 
+Times are CPU time of one thread, interleaved, so that neighbours on a shared machine disturb them little.
 Weights are random with settled batch norms and images are crops of real photographs, except for "traps", which uses
 EfficientNet-Lite0's ImageNet weights. A run that was stopped goes on with the sections that are missing; the tables
 in docs/ are filled from the result by tools/readme_tables.py.
@@ -29,7 +30,7 @@ import photos
 import timm
 import torch
 from engines import settled_model
-from workshop import CALIBRATION, HELD_OUT, Workshop
+from workshop import CALIBRATION, HELD_OUT, THREADS, Workshop
 
 import cveff
 from cveff import model_zoo
@@ -106,6 +107,8 @@ def main() -> None:
         "calibration_crops": CALIBRATION,
         "held_out_crops": HELD_OUT,
         "seconds": arguments.seconds,
+        "clock": "CPU time of the process",
+        "threads": THREADS,
     }
     results = common.Results(arguments.out, __file__, settings, fresh=arguments.fresh)
     sections = results.values.setdefault("sections", {})
@@ -160,7 +163,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--only", nargs="+", choices=list(SECTIONS), metavar="SECTION", help=", ".join(SECTIONS)
     )
-    parser.add_argument("--seconds", type=float, default=6.0, help="time of one comparison")
+    parser.add_argument("--seconds", type=float, default=4.0, help="CPU time of one comparison")
     parser.add_argument("--quick", action="store_true", help="one model a section, short comparisons")
     parser.add_argument("--fresh", action="store_true", help="forget an earlier run with the same settings")
     parser.add_argument("--out", type=Path, help="JSON file; by default model_zoo/results/choices.json")

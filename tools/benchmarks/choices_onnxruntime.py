@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import peers
 from onnx import TensorProto, helper, numpy_helper
-from workshop import Opener, Workshop, centred_cosine, run_all
+from workshop import THREADS, Opener, Workshop, centred_cosine, run_all
 
 from cveff.export.graph import preprocessing_nodes
 from cveff.export.quantize import quantize_onnx
@@ -40,7 +40,7 @@ def uint8_input(workshop: Workshop) -> dict[str, Any]:
         }
         logits = {head: opener()(images) for head, opener in openers.items()}
         found["engines"][label] = {
-            "times": workshop.times(openers, images, threads=1, reference=FLOAT),
+            "times": workshop.times(openers, images, reference=FLOAT),
             "largest_difference": max(
                 relative_difference(values, logits[FLOAT]) for values in logits.values()
             ),
@@ -122,7 +122,7 @@ def open_plain(path: Path, values: np.ndarray) -> Opener:
     """ONNX Runtime by its defaults, on one thread, always run on `values`."""
 
     def opener() -> peers.FloatPredictor:
-        call = peers.open_onnxruntime(path, 1)
+        call = peers.open_onnxruntime(path, THREADS)
         return lambda _: call(values)
 
     return opener
@@ -136,7 +136,7 @@ def static_openvino(path: Path, values: np.ndarray) -> Opener:
 
         model = openvino.Core().read_model(str(path))
         model.reshape(list(values.shape))
-        call = peers.open_openvino(model, 1, "f32")
+        call = peers.open_openvino(model, THREADS, "f32")
         return lambda _: call(values)
 
     return opener
@@ -162,7 +162,7 @@ def rows_of_three(workshop: Workshop) -> dict[str, Any]:
         openers[name] = open_plain(path, values)
     return {
         "shape": list(images.shape),
-        "times": workshop.times(openers, images, threads=1, reference="row"),
+        "times": workshop.times(openers, images, reference="row"),
         "largest_difference": relative_difference(*(opener()(images) for opener in openers.values())),
     }
 
@@ -186,7 +186,7 @@ def int8(workshop: Workshop) -> dict[str, Any]:
         held_out_floats = peers.normalised(held_out, spec)
         logits = {label: run_all(opener(), held_out) for label, opener in opened.items()}
         for label, path in peer.items():
-            logits[label] = run_all(peers.open_onnxruntime(path, 1), held_out_floats)
+            logits[label] = run_all(peers.open_onnxruntime(path, THREADS), held_out_floats)
         found["models"][name] = {
             "cosine": {label: centred_cosine(values, logits[FP32]) for label, values in logits.items()},
             "by_batch": {},
@@ -196,11 +196,11 @@ def int8(workshop: Workshop) -> dict[str, Any]:
                 label: open_plain(path, held_out_floats[:batch]) for label, path in peer.items()
             }
             found["models"][name]["by_batch"][str(batch)] = workshop.times(
-                timed, held_out[:batch], threads=1, reference=OURS
+                timed, held_out[:batch], reference=OURS
             )
     return found
 
 
 def open_ours(path: Path) -> Opener:
     """The file as cveff's runtime runs it, on one thread."""
-    return lambda: open_file("onnxruntime", path, threads=1)
+    return lambda: open_file("onnxruntime", path, threads=THREADS)

@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from workshop import Opener, Workshop, centred_cosine, run_all, variation_error
+from workshop import THREADS, Opener, Workshop, centred_cosine, run_all, variation_error
 
 from cveff.export.openvino import quantize_openvino
 from cveff.measure.parity import relative_difference
 from cveff.runtime.engines import open_file
 
-THREADS = 1
 SYMMETRIC, ASYMMETRIC = "performance (symmetric)", "mixed (asymmetric)"
 
 
@@ -34,7 +33,7 @@ def presets(workshop: Workshop) -> dict[str, Any]:
         found["models"][name] = {
             "cosine": {label: centred_cosine(values, logits["f32"]) for label, values in logits.items()},
             "by_batch": {
-                str(batch): workshop.times(openers, held_out[:batch], THREADS, reference=SYMMETRIC)
+                str(batch): workshop.times(openers, held_out[:batch], reference=SYMMETRIC)
                 for batch in workshop.batches
             },
         }
@@ -63,7 +62,7 @@ def static_batch(workshop: Workshop) -> dict[str, Any]:
         found["models"][name] = {
             "int8_relative_difference": relative_difference(*logits),
             "by_batch": {
-                str(batch): workshop.times(openers, held_out[:batch], THREADS, reference="fixed")
+                str(batch): workshop.times(openers, held_out[:batch], reference="fixed")
                 for batch in workshop.batches
             },
         }
@@ -86,7 +85,7 @@ def smoothing(workshop: Workshop) -> dict[str, Any]:
             "error": {
                 label: variation_error(run_all(call(), held_out), expected) for label, call in openers.items()
             },
-            "by_batch": {"1": workshop.times(openers, held_out[:1], THREADS, reference="smoothed")},
+            "by_batch": {"1": workshop.times(openers, held_out[:1], reference="smoothed")},
         }
     return found
 

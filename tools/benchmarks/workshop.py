@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,12 +15,14 @@ from engines import Timed, settled_model
 
 import cveff
 from cveff.export.openvino import convert
-from cveff.measure import compare, pinned_threads
+from cveff.measure import compare
 from cveff.model import Model
 from cveff.runtime.preprocess import preprocess
 
 CALIBRATION, HELD_OUT = 32, 32
 """Crops of photographs: those that int8 is calibrated on, and others that it is compared on."""
+THREADS = 1
+"""Of every engine: more would spin while they wait, and CPU time would count that."""
 
 Opener = Callable[[], Callable[[np.ndarray], Any]]
 """Opens a file and returns what is timed: a callable on the uint8 batch."""
@@ -30,7 +33,7 @@ class Workshop:
     """A folder of files that several sections use.
 
     Attributes:
-        seconds: time of one comparison.
+        seconds: CPU time of one comparison.
         quick: sections look at their first model and at batch 1 alone.
     """
 
@@ -82,29 +85,28 @@ class Workshop:
         spec = self.model(name).spec.input
         return preprocess(photos.crops(photos.photographs(), count, spec, seed), spec)
 
-    def times(
-        self, openers: Mapping[str, Opener], images: np.ndarray, threads: int, reference: str
-    ) -> dict[str, Any]:
-        """Open every file on `threads` cores and time all of them on one batch, interleaved.
+    def times(self, openers: Mapping[str, Opener], images: np.ndarray, reference: str) -> dict[str, Any]:
+        """Open every file and time all of them on one batch, interleaved.
+
+        Files run on one thread and the clock is the process's CPU time: on a quiet machine that is the time one waits,
+        and on a shared one it leaves out what other programs take.
 
         Args:
+            openers: each opens its file with `THREADS` threads.
             images: uint8 (N, H, W, C), what every predictor is called with.
             reference: whose time the ratios are relative to: above 1 is slower than it.
         """
-        with pinned_threads(threads):
-            predictors = {name: Timed(opener(), threads) for name, opener in openers.items()}
-            # `precision` 0 never stops early, so every ratio has enough rounds.
-            result = compare(
-                predictors,
-                images,
-                reference=reference,
-                budget_seconds=self.seconds,
-                min_rounds=7,
-                precision=0.0,
-            )
+        result = compare(
+            {name: Timed(opener(), THREADS) for name, opener in openers.items()},
+            images,
+            reference=reference,
+            budget_seconds=self.seconds,
+            min_rounds=7,
+            precision=0.0,  # never stops early, so every ratio has enough rounds
+            clock=time.process_time,
+        )
         return {
             "batch": len(images),
-            "threads": threads,
             "reference": reference,
             "median_ms": {name: item.median_ms for name, item in result.items()},
             "ratio": {name: result.ratio(reference, name).to_json() for name in openers},
