@@ -159,7 +159,7 @@ TABLES: dict[str, Callable[[Values], str]] = {
 
 
 def export_table(values: Values) -> str:
-    """How many architectures of each family agree with PyTorch, and the largest difference among them."""
+    """How many architectures of each family agree with PyTorch, the largest difference among them, and the rest."""
     families: dict[str, list[Values]] = {}
     for row in values["rows"].values():
         families.setdefault(row["family"], []).append(row)
@@ -167,7 +167,18 @@ def export_table(values: Values) -> str:
     for family, members in [*families.items(), ("**all**", list(values["rows"].values()))]:
         agreeing = [row["relative_difference"] for row in members if row["status"] == "agrees"]
         rows.append([family, str(len(members)), str(len(agreeing)), f"{max(agreeing):.0e}"])
-    return markdown(["family", "measured", "agree", "largest relative difference of those"], rows)
+    text = markdown(["family", "measured", "agree", "largest relative difference of those"], rows)
+    for name, row in values["rows"].items():
+        if row["status"] == "differs":
+            exact = row["from_float64"]
+            text += (
+                f"\n`{name}` is above the limit of {values['tolerance']:.0e} with these weights: "
+                f"{row['relative_difference']:.2e}. From the same network in float64, PyTorch is {exact['torch']:.0e} "
+                f"away and the file {exact['onnxruntime']:.0e}.\n"
+            )
+        elif row["status"] == "failed":
+            text += f"\n`{name}` does not export: {row['reason']}\n"
+    return text
 
 
 def interval(ratio: Values) -> str:
