@@ -74,16 +74,16 @@ def allocate(
     return _fill_up(curves, cost, goal, counts) if now <= goal else counts
 
 
-def _fill_up(
-    curves: Mapping[str, Curve], cost: Cost, goal: float, counts: dict[str, int]
-) -> dict[str, int]:
+def _fill_up(curves: Mapping[str, Curve], cost: Cost, goal: float, counts: dict[str, int]) -> dict[str, int]:
     """Give back what the last, large steps took too much of: the most loss first, as long as the goal holds."""
     while True:
         gains = []
         for name, curve in curves.items():
             here = curve.counts.index(counts[name])
             if here > 0:
-                gains.append((float(curve.losses[here] - curve.losses[here - 1]), name, curve.counts[here - 1]))
+                gains.append(
+                    (float(curve.losses[here] - curve.losses[here - 1]), name, curve.counts[here - 1])
+                )
         for _, name, count in sorted(gains, reverse=True):
             larger = {**counts, name: count}
             if cost(larger) <= goal:

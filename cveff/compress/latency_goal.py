@@ -105,9 +105,7 @@ class LatencyGoal:
 
     def _measure(self, counts: Mapping[str, int]) -> float:
         """Time of the network with these counts, relative to the reference timed beside it."""
-        keep = {
-            group.name: np.arange(group.size) < counts[group.name] for group in self._analysis.groups
-        }
+        keep = {group.name: np.arange(group.size) < counts[group.name] for group in self._analysis.groups}
         edit = self._analysis.edit(keep, self._model.module)
         small = with_module(self._model, edit.apply(light_copy(self._model.module)).eval(), edit)
         times = self._timer.milliseconds({"reference": self._reference, "pruned": small})

@@ -86,6 +86,11 @@ class Prune:
         self._check("importance", self.importance in get_args(Criterion), ", ".join(get_args(Criterion)))
         self._check("scope", self.scope in get_args(PruneScope), ", ".join(get_args(PruneScope)))
         self._check("attention", self.attention in get_args(Attention), ", ".join(get_args(Attention)))
+        if self.depth and (self.scope != "global" or not self.sensitivity or self.goal == "ratio"):
+            raise StepError(
+                "prune.depth weighs blocks against channels by measured loss; it needs scope='global', "
+                "sensitivity=True and another goal than ratio"
+            )
         self._check("round_to", self.round_to >= 1, "1 or more channels")
         self._check("min_fraction", 0 <= self.min_fraction < 1, "a share in [0, 1)")
         self._check("rounds", self.rounds >= 1, "1 or more")
@@ -148,6 +153,8 @@ class Prune:
     def _carry_out(self, plan: Plan, model: Model, run: Run) -> Model:
         """Repair what stays, cut what goes, re-estimate batch norms."""
         batches = calibration(self, model, run) if self.compensate else None
+        if plan.drop is not None:
+            model = with_module(model, plan.drop.apply(model.module), plan.drop)
         module = model.module
         if batches is not None:
             found = compensate(module, plan.analysis.groups, plan.keep, batches, trace=plan.analysis.trace)

@@ -10,18 +10,22 @@ import numpy as np
 from torch import nn
 
 from cveff.compress.allocate import allocate
-from cveff.compress.analysis import analyze
+from cveff.compress.analysis import analyze, light_copy
 from cveff.compress.blocks import macs
+from cveff.compress.depth_plan import cheap_blocks
+from cveff.compress.drop_blocks import DropBlocks
 from cveff.compress.groups import Analysis
 from cveff.compress.importance import score
 from cveff.compress.latency_goal import LatencyGoal
+from cveff.compress.latency_model import LatencyModel
 from cveff.compress.samples import Batches, samples
 from cveff.compress.scopes import keep_best, select
-from cveff.compress.sensitivity import Cost, measured_curves, summed_curves
+from cveff.compress.sensitivity import Cost, Curve, measured_curves, summed_curves
 from cveff.compress.sizes import Sizes
-from cveff.compress.trace import trace
+from cveff.compress.trace import Trace, trace
 from cveff.errors import StepError
-from cveff.model import Model
+from cveff.measure.block_latency import BlockLatency
+from cveff.model import Model, with_module
 from cveff.steps import Run
 
 if TYPE_CHECKING:
@@ -38,12 +42,14 @@ class Plan:
     Attributes:
         analysis: of the network it was made for.
         keep: group name -> bool (size,): the units that stay.
-        figures: shares of operations, parameters and units that are left, and of the latency where it was measured.
+        figures: shares of operations, parameters and units that are left.
+        drop: residual blocks that go before; `analysis` is of the network without them.
     """
 
     analysis: Analysis
     keep: Mapping[str, np.ndarray]
     figures: Mapping[str, float]
+    drop: DropBlocks | None = None
 
     @property
     def summary(self) -> str:
@@ -55,6 +61,7 @@ class Plan:
         """Units before and after by group, what is frozen and why, and the figures; plain JSON values."""
         return {
             "figures": dict(self.figures),
+            "blocks": [] if self.drop is None else list(self.drop.modules),
             "groups": {
                 group.name: {"units": group.size, "left": int(self.keep[group.name].sum())}
                 for group in self.analysis.groups
@@ -76,32 +83,30 @@ def make_plan(settings: Prune, model: Model, reference: Model, share: float, run
     Raises:
         StepError: nothing can be pruned, or the goal cannot be reached.
     """
+    batches = calibration(settings, model, run)
+    drop = _drop(settings, model, reference, share, batches, run) if settings.depth else None
+    if drop is not None:
+        model = with_module(model, drop.apply(light_copy(model.module)).eval(), drop)
     analysis = analyze(model.module, model.spec.input, settings.attention, run.seed)
     if not analysis.groups:
         reasons = sorted({group.reason for group in analysis.frozen})
         raise StepError(
             f"{model.spec.architecture} has no channels that could be pruned: {'; '.join(reasons[:3]) or 'no layers'}"
         )
-    batches = calibration(settings, model, run)
-    scores = score(
-        model.module, analysis.groups, settings.importance, batches=batches, seed=run.seed
-    )
+    scores = score(model.module, analysis.groups, settings.importance, batches=batches, seed=run.seed)
     sizes = Sizes(analysis)
     if settings.goal == "ratio":
         keep = _by_ratio(settings, analysis, scores, 1 - share, model.module)
     else:
-        counts_for = _allocator(settings, model, analysis, scores, batches, run)
+        counts_for = _allocator(
+            settings, model, analysis, scores, _curves(settings, model, analysis, scores, batches, run)
+        )
         if settings.goal in ("latency", "latency_ms"):
             assert run.timer is not None
             goal = LatencyGoal(model, reference, analysis, sizes, run.timer, run.progress)
             counts = goal.reach(counts_for, share)
         else:
-            cost: Cost = (
-                (lambda counts: float(macs(analysis.trace, sizes.shapes(counts))))
-                if settings.goal == "macs"
-                else (lambda counts: float(sizes.parameters(counts)))
-            )
-            whole = _whole(settings.goal, reference)
+            cost, whole = _counted(settings.goal, analysis, sizes), _whole(settings.goal, reference)
             counts = counts_for(cost, share * whole)
             if cost(counts) > 1.001 * share * whole:
                 raise StepError(
@@ -109,7 +114,7 @@ def make_plan(settings: Prune, model: Model, reference: Model, share: float, run
                     f"(min_fraction {settings.min_fraction:g}), {cost(counts) / whole:.3g} is left"
                 )
         keep = {name: keep_best(scores[name], count) for name, count in counts.items()}
-    return Plan(analysis, keep, _figures(analysis, sizes, keep))
+    return Plan(analysis, keep, _figures(analysis, sizes, keep), drop)
 
 
 def calibration(settings: Prune, model: Model, run: Run) -> Batches | None:
@@ -125,36 +130,89 @@ CountsFor = Callable[[Cost, float], dict[str, int]]
 """Cost and the most it may be -> units every group keeps."""
 
 
-def _allocator(
+def _curves(
     settings: Prune,
     model: Model,
     analysis: Analysis,
     scores: Mapping[str, np.ndarray],
     batches: Batches | None,
     run: Run,
-) -> CountsFor:
+) -> dict[str, Curve]:
+    """What each group costs; none where the scope does not ask."""
     if settings.scope != "global":
-        return lambda cost, goal: _uniformly(settings, analysis, scores, model.module, cost, goal)
-    if settings.sensitivity:
-        assert batches is not None
-        curves = measured_curves(
-            model.module,
-            analysis,
-            scores,
-            batches,
-            round_to=settings.round_to,
-            min_fraction=settings.min_fraction,
-            progress=run.progress,
-        )
-    else:
-        curves = summed_curves(
+        return {}
+    if not settings.sensitivity:
+        return summed_curves(
             analysis.groups,
             scores,
             is_comparable=settings.importance in COMPARABLE,
             round_to=settings.round_to,
             min_fraction=settings.min_fraction,
         )
-    return lambda cost, goal: allocate(curves, cost, goal)
+    assert batches is not None
+    return measured_curves(
+        model.module,
+        analysis,
+        scores,
+        batches,
+        round_to=settings.round_to,
+        min_fraction=settings.min_fraction,
+        progress=run.progress,
+    )
+
+
+def _allocator(
+    settings: Prune,
+    model: Model,
+    analysis: Analysis,
+    scores: Mapping[str, np.ndarray],
+    curves: Mapping[str, Curve],
+) -> CountsFor:
+    if settings.scope == "global":
+        return lambda cost, goal: allocate(curves, cost, goal)
+    return lambda cost, goal: _uniformly(settings, analysis, scores, model.module, cost, goal)
+
+
+def _counted(goal: str, analysis: Analysis, sizes: Sizes) -> Cost:
+    """Operations or parameters of the network with given counts."""
+    if goal == "parameters":
+        return lambda counts: float(sizes.parameters(counts))
+    return lambda counts: float(macs(analysis.trace, sizes.shapes(counts)))
+
+
+def _drop(
+    settings: Prune, model: Model, reference: Model, share: float, batches: Batches | None, run: Run
+) -> DropBlocks | None:
+    """Blocks that cost less than channels would, at the price channels have when they alone reach the goal."""
+    assert batches is not None
+    analysis = analyze(model.module, model.spec.input, settings.attention, run.seed)
+    scores = score(model.module, analysis.groups, settings.importance, batches=batches, seed=run.seed)
+    curves = _curves(settings, model, analysis, scores, batches, run)
+    sizes = Sizes(analysis)
+    if settings.goal in ("latency", "latency_ms"):
+        assert run.timer is not None
+        predictor = LatencyModel.load(BlockLatency(run.timer.engine, run.timer.threads))
+        of_trace: Callable[[Trace], float] = predictor.predict
+        cost: Cost = lambda counts: predictor.predict(analysis.trace, sizes.shapes(counts))  # noqa: E731
+        whole = of_trace(trace(reference.module, reference.spec.input))
+    else:
+        cost, whole = _counted(settings.goal, analysis, sizes), _whole(settings.goal, reference)
+        of_trace = _parameters_of if settings.goal == "parameters" else lambda found: float(macs(found))
+    counts = allocate(curves, cost, share * whole)
+    loss = sum(float(curve.losses[curve.counts.index(counts[name])]) for name, curve in curves.items())
+    saved = max(cost(sizes.full) - cost(counts), 1e-9)
+    return cheap_blocks(
+        model.module, model.spec.input, of_trace, share * whole, loss / saved, batches, run.progress
+    )
+
+
+def _parameters_of(found: Trace) -> float:
+    buffers = set(found.program.graph_signature.buffers)
+    return float(
+        sum(
+            int(np.prod(found.shapes[name])) for name, path in found.parameters.items() if path not in buffers
+        )
+    )
 
 
 def _uniformly(
@@ -207,4 +265,3 @@ def _figures(analysis: Analysis, sizes: Sizes, keep: Mapping[str, np.ndarray]) -
         "prune/macs": macs(analysis.trace, sizes.shapes(counts)) / max(1, macs(analysis.trace)),
         "prune/parameters": sizes.parameters(counts) / max(1, sizes.parameters(full)),
     }
-

@@ -84,7 +84,9 @@ def measured_curves(
     """
     given = require_batches(batches, "measuring what each group costs")
     points = {
-        group.name: sorted({_nearest(group, share, round_to, min_fraction) for share in POINTS} - {group.size})
+        group.name: sorted(
+            {_nearest(group, share, round_to, min_fraction) for share in POINTS} - {group.size}
+        )
         for group in analysis.groups
     }
     with torch.no_grad(), evaluation(module):
@@ -95,7 +97,9 @@ def measured_curves(
         number = int(np.clip(seconds / max(each * trials, 1e-9), 1, len(given)))
         dense += [F.log_softmax(module(images).float(), 1) for images, _ in given[1:number]]
         curves = {}
-        for group in (progress or Silent()).track(analysis.groups, "measuring sensitivity", len(analysis.groups)):
+        for group in (progress or Silent()).track(
+            analysis.groups, "measuring sensitivity", len(analysis.groups)
+        ):
             losses = {group.size: 0.0}
             for count in points[group.name]:
                 keep = {group.name: keep_best(scores[group.name], count)}
@@ -114,9 +118,7 @@ def _recalibrate(small: nn.Module, batches: Batches) -> None:
     recalibrate_batch_norm(small, batches)
 
 
-def divergence(
-    small: nn.Module, batches: Batches, dense: Sequence[torch.Tensor], name: str
-) -> float:
+def divergence(small: nn.Module, batches: Batches, dense: Sequence[torch.Tensor], name: str) -> float:
     """Mean KL(dense ‖ small) over images, in nats.
 
     Args:
@@ -132,7 +134,9 @@ def divergence(
         total += float((expected.exp() * (expected - answer)).sum())
         count += len(images)
     if not np.isfinite(total):
-        raise StepError(f"the network's answers are not finite once part of {name} is gone; check its weights")
+        raise StepError(
+            f"the network's answers are not finite once part of {name} is gone; check its weights"
+        )
     return max(0.0, total / count)
 
 
