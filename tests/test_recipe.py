@@ -69,7 +69,7 @@ MISTAKES = [
     ({"steps": 3}, "r.toml: steps: 3 is not an array"),
     ({"steps": [3]}, "r.toml: steps[0]: 3 is not a table"),
     ({"steps": [{}]}, "r.toml: steps[0]: kind is missing; known: reparameterize, fold_batch_norm, train"),
-    ({"steps": [{"kind": "prune"}]}, "r.toml: steps[0].kind: 'prune' is unknown; known: reparameterize"),
+    ({"steps": [{"kind": "prunes"}]}, "r.toml: steps[0].kind: 'prunes' is unknown; did you mean 'prune'?"),
     (
         {"steps": [{"kind": "train", "epohs": 1}]},
         "r.toml: steps[0].epohs: unknown key; did you mean 'epochs'?",
