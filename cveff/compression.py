@@ -238,7 +238,8 @@ def _distillation(text: str, epochs: int | None, source: str, origin: Recipe | N
     length = values.pop("train.epochs", EPOCHS if epochs is None else epochs)
     if epochs is not None and length != epochs:
         raise RecipeError(f"--distill epochs={length} and --epochs {epochs} differ; remove one")
-    base = {"train": {"augmentation": asdict(augmentation)}}
+    # Of a few hundred validation images many epochs are as good as the best, and the first of them has learnt least.
+    base = {"train": {"keep": "last", "augmentation": asdict(augmentation)}}
     values = {"train.warmup_epochs": 0.1 * length, **values, "train.epochs": length}
     return parse(Distill, with_overrides(base, values), "--distill")
 

@@ -140,7 +140,7 @@ def run(
         timer = None if target is None else stack.enter_context(timer_of(target))
         ahead = phases[len(finished) :]
         check_steps([step for step, _ in ahead], Run(data=data, target=target, teacher=teacher, timer=timer))
-        open_folder(out, recipe, overwrite)
+        stack.enter_context(open_folder(out, recipe, overwrite))
         if finished:
             progress.message(f"going on after {finished[-1].name}, which is done")
         effects = Effects(out, lambda model: _score(model, data.val, progress), progress)

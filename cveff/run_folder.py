@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from cveff.apply import needs_timer
-from cveff.errors import CheckpointError, RecipeError
+from cveff.errors import CheckpointError, RecipeError, StepError
 from cveff.files import write_json
 from cveff.recipe import Recipe, parse_recipe
 
@@ -35,13 +36,25 @@ def check_folder(out: Path, recipe: Recipe, resume: bool, overwrite: bool) -> No
         raise RecipeError(f"{out} holds an earlier run; --resume continues it, --overwrite replaces it")
 
 
-def open_folder(out: Path, recipe: Recipe, overwrite: bool) -> None:
-    """Begin or continue in `out`, without an earlier run and without what a killed one had begun to write."""
+@contextmanager
+def open_folder(out: Path, recipe: Recipe, overwrite: bool) -> Iterator[None]:
+    """Begin or continue in `out`, without an earlier run and without what a killed one had begun to write.
+
+    A step that refuses before any phase is done takes the folder away again: there is nothing to resume, and the
+    corrected command should not find another recipe's run.
+    """
     if overwrite and out.is_dir():
         shutil.rmtree(out)
     for leftover in (*out.glob(".*.*"), *(out / "phases").glob(".*.*")):  # see `cveff.files`
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    is_new = not (out / RECORD).exists()
     write_json(out / RECORD, recipe.to_json())
+    try:
+        yield
+    except StepError:
+        if is_new and not (out / "phases").exists():
+            shutil.rmtree(out)
+        raise
 
 
 def _check_same_recipe(record: Path, recipe: Recipe) -> None:

@@ -160,11 +160,16 @@ def with_values(words: Sequence[str]) -> list[str]:
 
     What follows such an option is its value only if it looks like one: not an option, not another argument.
     """
-    found: list[str] = []
-    for word, following in zip(words, [*words[1:], ""], strict=True):
-        has_value = "=" in following or following == "2:4" or following[:1].isdigit() or following[:1] == "."
+    if not words or words[0] != "compress":
+        return list(words)
+    found = []
+    for index, word in enumerate(words):
+        following = words[index + 1] if index + 1 < len(words) else "-"
+        has_value = (
+            "=" in following or following == "2:4" or following[0:1].isdigit() or following[0:1] == "."
+        )
         is_bare = word in BARE and (following.startswith("-") or not has_value)
-        found.append(f"{word}=default" if is_bare and words[0] == "compress" else word)
+        found.append(f"{word}=default" if is_bare else word)
     return found
 
 
