@@ -5,7 +5,6 @@ The recipe runs through `cveff.pipeline` like any other, so a compression resume
 
 from __future__ import annotations
 
-import json
 import re
 import tomllib
 from collections.abc import Mapping
@@ -33,7 +32,6 @@ from cveff.recipe import (
     ModelSettings,
     Recipe,
     default_training,
-    parse_recipe,
     read_recipe,
     with_overrides,
 )
@@ -188,17 +186,9 @@ def _origin(checkpoint: str) -> Recipe | None:
         if training is None or training.recipe is None:
             return None
         return read_recipe(Path(training.recipe).stem)
-    record = next(
-        (path / "recipe.json" for path in (folder, folder.parent) if (path / "recipe.json").is_file()), None
-    )
-    if record is None:
-        return None
-    try:
-        return parse_recipe(json.loads(record.read_text(encoding="utf-8")), str(record))
-    except ValueError as error:
-        raise RecipeError(
-            f"{record} is not valid JSON ({error}); give --data and another checkpoint"
-        ) from error
+    records = (path / "recipe.json" for path in (folder, folder.parent))
+    record = next((path for path in records if path.is_file()), None)
+    return None if record is None else read_recipe(record)
 
 
 def _images(

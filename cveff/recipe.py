@@ -7,6 +7,7 @@ one line in `_step_kinds`.
 from __future__ import annotations
 
 import dataclasses
+import json
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -132,13 +133,13 @@ def parse_recipe(values: Mapping[str, Any], source: str = "recipe") -> Recipe:
 
 
 def read_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
-    """Read a recipe from a TOML file, or by name from the zoo (`digits`, `fashion-mnist`, …).
+    """Read a recipe from a TOML file, a run's `recipe.json`, or by name from the zoo (`digits`, `fashion-mnist`, …).
 
     Args:
         overrides: values by dotted key, such as {"train.epochs": 5}, laid over the file's.
 
     Raises:
-        RecipeError: no such file, not TOML, or a mistake in it, with the key's path.
+        RecipeError: no such file, not TOML or JSON, or a mistake in it, with the key's path.
     """
     file = find_recipe(str(path))
     if file is None:
@@ -147,9 +148,10 @@ def read_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
             f"or one of {', '.join(recipe_names())}"
         )
     try:
-        values = tomllib.loads(file.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{file.name}: not valid TOML: {error}") from error
+        text = file.read_text(encoding="utf-8")
+        values = json.loads(text) if file.suffix == ".json" else tomllib.loads(text)
+    except ValueError as error:  # of either parser, or text that is none
+        raise RecipeError(f"{file.name}: not valid {file.suffix[1:].upper()}: {error}") from error
     except OSError as error:
         raise RecipeError(f"{file}: cannot be read: {error.strerror}") from error
     return parse_recipe(with_overrides(values, overrides or {}), file.name)
@@ -167,7 +169,7 @@ def recipe_for(
     Raises:
         RecipeError: as `read_recipe`, or `epochs` for a recipe that does not train.
     """
-    if subject.endswith(".toml") or find_recipe(subject) is not None:
+    if subject.endswith((".toml", ".json")) or find_recipe(subject) is not None:
         recipe = read_recipe(subject, overrides)
     else:
         values = Recipe(data=DataSettings(subject), train=default_training(subject)).to_json()
@@ -220,7 +222,7 @@ def with_epochs(train: Train, epochs: int) -> Train:
 def find_recipe(name: str) -> Path | None:
     """The file of a recipe given by path or by its name in the zoo; None where there is none."""
     path = Path(name)
-    if path.suffix == ".toml":
+    if path.suffix in (".toml", ".json"):
         return path if path.is_file() else None
     return next((file for file in RECIPES.glob("*.toml") if file.stem == name), None)
 

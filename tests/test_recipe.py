@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import tomllib
 
 import pytest
@@ -275,3 +276,12 @@ def test_tables_within_steps_keep_what_they_do_not_name() -> None:
         Distill(), train=dataclasses.replace(Distill().train, epochs=4)
     )
     assert parse_recipe(tomllib.loads(to_toml(recipe.to_json()))) == recipe
+
+
+def test_a_runs_record_is_a_recipe(tmp_path) -> None:
+    recipe = read_recipe("digits")
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe.to_json()))
+    assert read_recipe(tmp_path / "recipe.json") == recipe
+    (tmp_path / "recipe.json").write_text("{")
+    with pytest.raises(RecipeError, match="not valid JSON"):
+        read_recipe(tmp_path / "recipe.json")
