@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from cveff.compress.layout import stays
-from cveff.compress.ownership import operator_name
+from cveff.compress.operators import operator_name
 
 if TYPE_CHECKING:
     from cveff.compress.groups import Analysis

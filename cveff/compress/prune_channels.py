@@ -21,12 +21,13 @@ class PruneChannels:
     Attributes:
         keep: path of a parameter or buffer -> dimension (as text) -> indices that stay, ascending.
         attributes: path of a module -> attribute -> value, for sizes that its code holds (`num_heads`, `groups`).
-        flexible: paths of modules whose reshapes must follow their tensors; see `flexible.py`.
+        flexible: path of a module -> number of a call in its forward (as text) -> what that call gets instead of
+            what the code says; see `flexible.py`.
     """
 
     keep: Mapping[str, Mapping[str, Sequence[int]]]
     attributes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    flexible: Sequence[str] = ()
+    flexible: Mapping[str, Mapping[str, Mapping[str, float]]] = field(default_factory=dict)
 
     kind: ClassVar[str] = "prune_channels"
 
@@ -54,9 +55,9 @@ class PruneChannels:
                 setattr(owner, name, tuple(value) if isinstance(value, list) else value)
         for owner in touched.values():
             _follow_weights(owner)
-        for path in self.flexible:
+        for path, calls in self.flexible.items():
             _submodule(module, path, path)
-            make_flexible(module, path)
+            make_flexible(module, path, calls)
         return module
 
 
@@ -96,7 +97,9 @@ def _follow_weights(owner: nn.Module) -> None:
     elif isinstance(owner, _NormBase):
         statistics = owner.running_mean if weight is None else weight
         owner.num_features = len(statistics) if statistics is not None else owner.num_features
-    elif (isinstance(owner, nn.LayerNorm) and isinstance(weight, torch.Tensor)) or (isinstance(owner, nn.RMSNorm) and isinstance(weight, torch.Tensor)):
+    elif (isinstance(owner, nn.LayerNorm) and isinstance(weight, torch.Tensor)) or (
+        isinstance(owner, nn.RMSNorm) and isinstance(weight, torch.Tensor)
+    ):
         owner.normalized_shape = tuple(weight.shape)
     elif isinstance(owner, nn.GroupNorm) and isinstance(weight, torch.Tensor):
         owner.num_channels = len(weight)

@@ -76,5 +76,6 @@ def trace(module: nn.Module, spec: InputSpec) -> Trace:
         if isinstance(value, torch.Tensor):
             shapes[node.name] = tuple(int(size) for size in value.shape)
         stack = list((node.meta.get("nn_module_stack") or {}).values())
-        modules[node.name] = str(stack[-1][0]) if stack else ""
+        # A module that runs again has a mark behind its path.
+        modules[node.name] = str(stack[-1][0]).partition("@")[0] if stack else ""
     return Trace(program, parameters, constants, shapes, modules)
