@@ -42,10 +42,12 @@ def analyze(module: nn.Module, spec: InputSpec, attention: Attention = "heads", 
     calls = own_calls(light_copy(probe), ownership.trace, images[:1])
     refused: dict[str, str] = {}
     proof = Proof(probe, replace(find_groups(ownership), own_calls=calls), images[:1])
-    for draw in range(2):  # two draws: sizes that fit by luck once will not fit again
-        proof.images = images[: draw + 1]  # and a batch, which what was learned from one image must not fix
+    # Two random draws, since sizes that fit by luck once will not fit again, one of them on a batch, which what was
+    # learned from one image must not fix; and halves, since groups of one size then stay of one size.
+    for batch, ratio in ((1, None), (2, None), (1, 0.5)):
+        proof.images = images[:batch]
         while proof.analysis.groups:
-            keep = {group.name: _draw(group.size, random) for group in proof.analysis.groups}
+            keep = {group.name: _draw(group.size, random, ratio) for group in proof.analysis.groups}
             proof.repair(keep)
             failing = proof.failing(keep)
             if not failing:
@@ -61,10 +63,10 @@ def analyze(module: nn.Module, spec: InputSpec, attention: Attention = "heads", 
     return proof.analysis
 
 
-def _draw(size: int, random: np.random.Generator) -> np.ndarray:
-    """A random third to four fifths of a group."""
+def _draw(size: int, random: np.random.Generator, ratio: float | None) -> np.ndarray:
+    """Random units of a group: `ratio` of it, or a third to four fifths."""
     mask = np.zeros(size, bool)
-    mask[random.permutation(size)[: max(1, round(size * random.uniform(0.33, 0.8)))]] = True
+    mask[random.permutation(size)[: max(1, round(size * (ratio or random.uniform(0.33, 0.8))))]] = True
     return mask
 
 

@@ -178,6 +178,8 @@ REDUCTIONS = frozenset(
 )
 SUMS = frozenset(["sum", "linalg_vector_norm", "norm"])
 """Reductions to which a channel of zeros adds nothing; the others are taken over the channels that stay."""
+WEIGHTED = frozenset(["conv1d", "conv2d", "conv3d", "linear"])
+"""Operators whose second input is a weight."""
 BALANCED = frozenset(["chunk", "split", "tensor_split"])
 """Cuts into equal parts, which stay equal only if every part loses as many channels."""
 CREATIONS = frozenset(

@@ -15,11 +15,12 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from cveff.compress.operators import IGNORED, operator_name
+from cveff.compress.operators import IGNORED, WEIGHTED, operator_name
 from cveff.compress.owners import along, canonical, columns, compact, has_owner, nobody, varying
 from cveff.compress.rules import RULES
 from cveff.compress.trace import Trace
 from cveff.compress.union_find import NONE, UnionFind
+from cveff.runtime.errors import first_line
 
 Attention = Literal["heads", "head_dims"]
 Role = Literal["out", "in", "scale"]
@@ -56,6 +57,7 @@ class Ownership:
         self.norm_groups: dict[str, int] = {}
         self.concrete: dict[str, Any] = dict(trace.constants)
         self._fresh: dict[str, np.ndarray] = {}
+        self._computed = self._computed_weights()
         self.is_strict = False
         self._settle()
         self.is_strict = True
@@ -78,8 +80,7 @@ class Ownership:
             if node.target is operator.getitem:
                 self._getitem(node)
             elif not self._evaluate(node):
-                name = operator_name(node)
-                result = None if name in IGNORED else RULES.get(name, Ownership.unknown)(self, node)
+                result = self._apply_rule(node)
                 self.values[node.name] = (
                     tuple(self.canonical(item) for item in result)
                     if isinstance(result, (tuple, list))
@@ -88,6 +89,15 @@ class Ownership:
         elif node.op == "output":
             for value in self.tensors(node):
                 self.freeze(value, "it is the network's output")
+
+    def _apply_rule(self, node: torch.fx.Node) -> Any:
+        name = operator_name(node)
+        if name in IGNORED:
+            return None
+        try:
+            return RULES.get(name, Ownership.unknown)(self, node)
+        except Exception as error:  # noqa: BLE001 - an operator used as no rule foresaw stops its groups, not the run
+            return self.unknown(node, f"is used in a way no rule foresaw ({first_line(error)[:100]})")
 
     def _getitem(self, node: torch.fx.Node) -> None:
         source, index = node.args
@@ -125,18 +135,38 @@ class Ownership:
             return nobody(tuple(found.shape)) if isinstance(found, torch.Tensor) else nobody(())
         if node.name in self.trace.parameters:
             return self.table(node)
-        return self.canonical(self.values[node.name])
+        return self.canonical(self.values.get(node.name, nobody(self.trace.shapes.get(node.name, ()))))
 
     def table(self, node: torch.fx.Node) -> torch.Tensor:
         path, shape = self.trace.parameters[node.name], self.trace.shapes[node.name]
         if path not in self.tables:
             count = int(np.prod(shape))
+            reason = self._computed.get(node.name, "")
             if count > LARGEST_TABLE or (path, 0) in self.weights:
-                atom = self.frozen_atom(f"parameter {path} is computed with before it is used")
+                reason = reason or f"parameter {path} is computed with before it is used"
+            if reason:
+                atom = self.frozen_atom(reason)
                 self.tables[path] = torch.from_numpy(atom).expand(shape or (1,)).reshape(shape)
             else:
                 self.tables[path] = torch.from_numpy(self.sets.new(count, is_made=False)).reshape(shape)
         return self.canonical(self.tables[path])
+
+    def _computed_weights(self) -> dict[str, str]:
+        """Placeholders that weights are computed from (standardised, scaled), with the reason why they stay."""
+        found: dict[str, str] = {}
+        for node in self.trace.nodes:
+            if operator_name(node) not in WEIGHTED or len(node.args) < 2:
+                continue
+            sources, pending = set(), [node.args[1]]
+            while pending:
+                item = pending.pop()
+                if isinstance(item, torch.fx.Node) and item not in sources:
+                    sources.add(item)
+                    pending += item.all_input_nodes
+            inputs = {item.name for item in sources if item.op == "placeholder"}
+            if len(sources) > 1 and inputs <= {*self.trace.parameters, *self.trace.constants}:
+                found |= dict.fromkeys(inputs, f"{self.where(node)} computes its weight")
+        return found
 
     def tensors(self, node: torch.fx.Node) -> list[torch.Tensor]:
         return [
@@ -205,9 +235,9 @@ class Ownership:
         module = self.trace.modules.get(node.name, "")
         return f"{node.target} in {module}" if module else str(node.target)
 
-    def unknown(self, node: torch.fx.Node) -> Any:
+    def unknown(self, node: torch.fx.Node, why: str = "has no rule") -> Any:
         """Freeze what crosses an operator that has no rule."""
-        reason = f"{self.where(node)} has no rule"
+        reason = f"{self.where(node)} {why}"
         for value in self.tensors(node):
             self.freeze(value, reason)
         shape = node.meta.get("val")

@@ -11,14 +11,19 @@ import numpy as np
 import torch
 from torch import nn
 
+from cveff.compress.caches import caches
 from cveff.compress.groups import Analysis
 from cveff.compress.oracle import zeroed
 from cveff.compress.own_calls import merged
+from cveff.errors import CheckpointError
 from cveff.measure.parity import relative_difference
 from cveff.runtime.errors import first_line
 
 TOLERANCE = 1e-4
 """Largest accepted max|pruned - zeroed| / max|zeroed| of the logits in float32."""
+
+QUIET = 0.5
+"""Gain of a matrix below which it is scaled up for the proof."""
 
 Keep = Mapping[str, np.ndarray]
 
@@ -49,7 +54,10 @@ class Proof:
         """Cut, and correct calls that name wrong sizes, until the network runs as it is."""
         assert self.analysis.own_calls is not None
         while True:
-            small = self._cut(self.analysis, keep)
+            try:
+                small = self._cut(self.analysis, keep)
+            except CheckpointError as error:
+                return Trial(f"it cannot be cut: {error}")
             output, found = self.analysis.own_calls.watch(
                 small, self.images[:1], self.analysis.shapes(dict(keep))
             )
@@ -140,35 +148,47 @@ def check(module: nn.Module, analysis: Analysis, keep: Keep, images: torch.Tenso
 def light_copy(module: nn.Module) -> nn.Module:
     """A copy that shares parameters and buffers: enough for edits, which replace tensors and never write to them."""
     tensors = [*module.parameters(), *module.buffers()]
-    return copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
+    # Cached tensors may hang on a graph of gradients, which cannot be copied, and are soon out of date.
+    empty: dict[int, object] = {id(cache): {} for cache in caches(module)}
+    return copy.deepcopy(module, {**empty, **{id(tensor): tensor for tensor in tensors}})
 
 
 @torch.no_grad()
 def awakened(module: nn.Module, seed: int) -> nn.Module:
     """A copy, in evaluation mode, in which every weight matters to the output, so that a wrong cut shows.
 
-    Fresh networks have branches behind zeros or 1e-6 (layer scale, the last norm of a block), and statistics of 0
-    and 1: such vectors, and all that are constant, get random values.
+    Fresh networks have branches behind zeros or 1e-6 (layer scale, the last norm of a block), statistics of 0 and 1,
+    and matrices too small to be heard beside a bias: such vectors, and all that is constant, get random values, and
+    matrices are scaled to a gain of 1.
     """
     generator = torch.Generator().manual_seed(seed)
     result = light_copy(module).eval()
+    awake: dict[int, torch.Tensor] = {}  # parameters that modules share stay shared
     for inner in result.modules():
-        for name, tensor in [*inner.named_parameters(recurse=False), *inner.named_buffers(recurse=False)]:
-            if not tensor.is_floating_point() or not tensor.numel() or not _is_asleep(tensor):
-                continue
-            noise = torch.rand(tensor.shape, generator=generator).to(tensor) - 0.5
-            value = tensor * (1 + noise) if name == "running_var" else tensor + noise
-            if name in inner._parameters:
-                inner._parameters[name] = nn.Parameter(value, tensor.requires_grad)
-            elif name in ("running_mean", "running_var"):  # others are made by the code: indices, masks
-                inner._buffers[name] = value
+        for name, parameter in inner.named_parameters(recurse=False):
+            if id(parameter) not in awake:
+                value = _awake(parameter, generator)
+                awake[id(parameter)] = nn.Parameter(value, parameter.requires_grad)
+            inner._parameters[name] = awake[id(parameter)]  # type: ignore[assignment]
+        for name in ("running_mean", "running_var"):  # other buffers are made by the code: indices, masks
+            buffer = inner._buffers.get(name)
+            if buffer is not None:
+                noise = torch.rand(buffer.shape, generator=generator).to(buffer) - 0.5
+                inner._buffers[name] = buffer * (1 + noise) + (noise if name == "running_mean" else 0)
     return result
 
 
-def _is_asleep(tensor: torch.Tensor) -> bool:
-    is_vector = tensor.numel() == max(tensor.shape, default=1)
+def _awake(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    if not tensor.is_floating_point() or not tensor.numel():
+        return tensor.detach()
+    is_matrix = tensor.numel() > max(tensor.shape, default=1)
     is_constant = bool((tensor == tensor.flatten()[0]).all())
-    return is_constant or (is_vector and tensor.abs().max().item() < 0.1)
+    if is_constant or (not is_matrix and tensor.abs().max().item() < 0.1):
+        return tensor + torch.rand(tensor.shape, generator=generator).to(tensor) - 0.5
+    if is_matrix:
+        gain = float(tensor.square().sum() / tensor.shape[0]) ** 0.5
+        return tensor / gain if gain < QUIET else tensor.detach()
+    return tensor.detach()
 
 
 def _failing_module(small: nn.Module, error: BaseException) -> str:

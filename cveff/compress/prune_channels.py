@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from cveff.compress.caches import caches
 from cveff.compress.flexible import make_flexible
 from cveff.errors import CheckpointError
 
@@ -38,6 +39,8 @@ class PruneChannels:
             CheckpointError: a path does not exist, or an index is out of range: the edit was made for another
                 network.
         """
+        for cache in caches(module):
+            cache.clear()
         touched: dict[str, nn.Module] = {}
         for path, dims in self.keep.items():
             owner_path, _, name = path.rpartition(".")

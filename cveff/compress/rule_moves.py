@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from cveff.compress.operators import BALANCED, operator_name
 from cveff.compress.owners import (
+    along,
+    channel,
+    has_owner,
+    nobody,
     pairs,
     tight,
     varies,
@@ -38,8 +43,12 @@ def move(ownership: Ownership, node: torch.fx.Node) -> Any:
         isinstance(item, torch.fx.Node) and item.name not in ownership.concrete for item in _indices(node)
     ):
         return ownership.unknown(node)
+    if name == "im2col":  # not there for integers; every owner is a whole number that a double holds
+        arguments[0] = arguments[0].double()
     with torch.no_grad():
         result = node.target(*arguments, **options)  # type: ignore[operator]
+    if name == "im2col":
+        result = result.long()
     if name in BALANCED and isinstance(result, (tuple, list)):
         for part in result[1:]:
             if part.shape == result[0].shape:
@@ -64,6 +73,18 @@ def _concatenate(
         if other != dim and all(part.stride(other) == 0 for part in parts if part.shape[other] > 1):
             parts = [part.narrow(other, 0, 1) for part in parts]
     return torch.cat(parts, dim).expand(shape)
+
+
+def fold(ownership: Ownership, node: torch.fx.Node) -> Any:
+    """The inverse of im2col: places that overlap are added, all of one channel."""
+    owners, shape = ownership.value(node.args[0]), ownership.trace.shapes[node.name]  # type: ignore[arg-type]
+    if not has_owner(owners) or (not ownership.is_strict and varying(owners) != [owners.ndim - 2]):
+        return nobody(shape)
+    if varying(owners) != [owners.ndim - 2]:
+        return ownership.unknown(node, "mixes positions that differ")
+    table = along(owners, -2).reshape(shape[-3], -1)
+    ownership.sets.union(table[:, 1:], np.broadcast_to(table[:, :1], table[:, 1:].shape))
+    return channel(ownership.sets.find(table[:, 0]), len(shape) - 3, shape)
 
 
 def pad(ownership: Ownership, node: torch.fx.Node) -> torch.Tensor:

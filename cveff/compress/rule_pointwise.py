@@ -59,12 +59,10 @@ def combine(
 def _combine_two(ownership: Ownership, first: torch.Tensor, second: torch.Tensor, where: str) -> torch.Tensor:
     changing = set(varying(first)), set(varying(second))
     only_first, only_second = changing[0] - changing[1], changing[1] - changing[0]
-    if only_first and only_second and _is_made(ownership, first) != _is_made(ownership, second):
-        return first if _is_made(ownership, first) else second  # a table that all channels share
+    if only_first and only_second and is_made(ownership, first) != is_made(ownership, second):
+        return first if is_made(ownership, first) else second  # a table that all channels share
     # Entries of a table (relative positions) go with the one channel they are added to.
-    table = (only_first and not _is_made(ownership, first)) or (
-        only_second and not _is_made(ownership, second)
-    )
+    table = (only_first and not is_made(ownership, first)) or (only_second and not is_made(ownership, second))
     if (only_first or only_second) and not table:
         if not ownership.is_strict:
             return first if len(changing[0]) >= len(changing[1]) else second
@@ -83,7 +81,7 @@ def _combine_two(ownership: Ownership, first: torch.Tensor, second: torch.Tensor
     return ownership.canonical(torch.maximum(first, second))
 
 
-def _is_made(ownership: Ownership, owners: torch.Tensor) -> bool:
+def is_made(ownership: Ownership, owners: torch.Tensor) -> bool:
     """Whether a weight makes any of a value's channels."""
     return bool(ownership.sets.is_made(compact(owners).reshape(-1).numpy()).any())
 

@@ -16,7 +16,7 @@ from cveff.compress.owners import (
     varies,
     varying,
 )
-from cveff.compress.rule_pointwise import combine
+from cveff.compress.rule_pointwise import combine, is_made
 from cveff.compress.rule_weights import project
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ def _contract(
     ownership: Ownership, a: torch.Tensor, b: torch.Tensor, shape: tuple[int, ...], where: str
 ) -> torch.Tensor:
     """Owners of a (…, n, k) @ b (…, k, m)."""
+    a, b = _without_table(ownership, a, varies(b, -2)), _without_table(ownership, b, varies(a, -1))
     if varies(a, -1) or varies(b, -2):
         batch = max(a.ndim, b.ndim) - 2
         left = a.transpose(-1, -2)[..., :1].expand(*_lead(a, b), a.shape[-1], 1)  # (…, k, 1)
@@ -79,6 +80,11 @@ def _contract(
             ownership.freeze(value, f"{where} multiplies channels with channels")
         return left
     return combine(ownership, [left, right], shape, where)
+
+
+def _without_table(ownership: Ownership, owners: torch.Tensor, is_contracted: bool) -> torch.Tensor:
+    """Owners of one factor; nobody where they are a table's (relative positions) that meets no channels of the other."""
+    return owners if is_contracted or is_made(ownership, owners) else nobody(tuple(owners.shape))
 
 
 def _is_shared(ownership: Ownership, left: torch.Tensor, right: torch.Tensor, batch: int, where: str) -> bool:

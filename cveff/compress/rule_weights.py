@@ -23,7 +23,7 @@ def convolve(ownership: Ownership, node: torch.fx.Node) -> torch.Tensor:
     """A convolution: new channels, tied to the ones that go in where it is grouped."""
     path = ownership.parameter(node.args[1])
     if path is None:
-        return ownership.unknown(node)
+        return ownership.unknown(node, "has a computed weight")
     groups = int(node.args[6]) if len(node.args) > 6 else int(node.kwargs.get("groups", 1))  # type: ignore[arg-type]
     shape = ownership.trace.shapes[node.args[1].name]  # type: ignore[union-attr]
     owners = ownership.value(node.args[0])  # type: ignore[arg-type]

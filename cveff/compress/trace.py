@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.export.graph_signature import InputKind
 
+from cveff.compress.regions import inline_regions
 from cveff.errors import StepError
 from cveff.runtime.errors import first_line
 from cveff.runtime.input_spec import InputSpec
@@ -58,6 +59,7 @@ def trace(module: nn.Module, spec: InputSpec) -> Trace:
         raise StepError(f"{type(module).__name__} cannot be exported: {first_line(error)}") from error
     finally:
         module.train(training)
+    inline_regions(program.graph_module)
     parameters, constants = {}, {}
     for item in program.graph_signature.input_specs:
         name = item.arg.name
