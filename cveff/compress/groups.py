@@ -221,17 +221,17 @@ def _slices(ownership: Ownership) -> dict[tuple[str, int], np.ndarray]:
     found = {key: sets.find(owners) for key, owners in ownership.weights.items() if (owners != NONE).any()}
     for path, table in ownership.tables.items():
         owners = canonical(table, sets)
-        changing = varying(owners) or ([_single(owners)] if _single(owners) is not None else [])
-        if len(changing) == 1 and changing[0] is not None:
+        changing = varying(owners) or _single(owners)
+        if len(changing) == 1:
             found[(path, changing[0])] = along(owners, changing[0])
             ownership.roles.setdefault((path, changing[0]), "scale")
     return found
 
 
-def _single(owners: torch.Tensor) -> int | None:
-    """The dimension of a table that belongs to one unit as a whole and has one dimension above size 1."""
+def _single(owners: torch.Tensor) -> list[int]:
+    """The one dimension above size 1, where there is one, of a table that belongs to one unit as a whole."""
     wide = [dim for dim in range(owners.ndim) if owners.shape[dim] > 1]
-    return wide[0] if len(wide) == 1 else None
+    return wide if len(wide) == 1 else []
 
 
 def _makers(ownership: Ownership) -> list[tuple[str, int]]:

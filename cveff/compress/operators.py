@@ -203,5 +203,5 @@ IGNORED = frozenset(
 def operator_name(node: torch.fx.Node) -> str:
     """An operator's name without its overload and without the mark of in-place forms."""
     packet = getattr(node.target, "overloadpacket", None)
-    name = getattr(packet, "__name__", None) or getattr(node.target, "__name__", str(node.target))
+    name = str(getattr(packet, "__name__", None) or getattr(node.target, "__name__", node.target))
     return name if name.startswith("_") and name.endswith("__") else name.rstrip("_")

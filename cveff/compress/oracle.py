@@ -44,14 +44,18 @@ def zeroed(
             continue
         path = analysis.trace.parameters.get(node.name)
         if path is not None:
-            value = _without(tensors[path].detach(), analysis.parameters.get(path, {}), masks)
+            value: torch.Tensor | None = _without(
+                tensors[path].detach(), analysis.parameters.get(path, {}), masks
+            )
         else:
             value = analysis.trace.constants.get(node.name)
         values.append((value, node.name in written))
     position = next(index for index, (value, _) in enumerate(values) if value is None)
     outputs = []
     for image in images:
-        arguments = [value.clone() if is_written else value for value, is_written in values]
+        arguments = [
+            value.clone() if is_written and value is not None else value for value, is_written in values
+        ]
         arguments[position] = image[None]
         result = _Masked(analysis, masks).run(*arguments)
         outputs.append(result[0] if isinstance(result, (tuple, list)) else result)
@@ -103,7 +107,7 @@ class _Masked(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         """Run one node; those that normalise see only what stays."""
-        layouts = {}
+        layouts: Mapping[int, np.ndarray] = {}
         if n.name in self._analysis.normalizers and isinstance(n.args[0], fx.Node):
             layouts = self._analysis.values.get(n.args[0].name, {})
         if not layouts:

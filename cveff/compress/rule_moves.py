@@ -36,6 +36,8 @@ def move(ownership: Ownership, node: torch.fx.Node) -> Any:
         return ownership.value(item)
 
     name = operator_name(node)
+    arguments: Any
+    options: Any
     arguments, options = torch.fx.node.map_arg((list(node.args), dict(node.kwargs)), owners)
     if name in ("cat", "concat", "concatenate", "stack"):
         return _concatenate(ownership, arguments, options, name == "stack")
@@ -44,7 +46,7 @@ def move(ownership: Ownership, node: torch.fx.Node) -> Any:
     ):
         return ownership.unknown(node)
     if name == "im2col":  # not there for integers; every owner is a whole number that a double holds
-        arguments[0] = arguments[0].double()
+        arguments = [arguments[0].double(), *arguments[1:]]
     with torch.no_grad():
         result = node.target(*arguments, **options)  # type: ignore[operator]
     if name == "im2col":

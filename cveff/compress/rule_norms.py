@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -75,10 +75,11 @@ def group_norm(ownership: Ownership, node: torch.fx.Node) -> torch.Tensor:
 
 def prelu(ownership: Ownership, node: torch.fx.Node) -> torch.Tensor:
     """One slope for all channels, or one each."""
-    owners, path = ownership.value(node.args[0]), ownership.parameter(node.args[1])  # type: ignore[arg-type]
+    weight: Any = node.args[1]
+    owners, path = ownership.value(node.args[0]), ownership.parameter(weight)  # type: ignore[arg-type]
     channels = ownership.collapse(owners, 1, f"{ownership.where(node)} mixes it with constants")
     if path is None:
         return ownership.unknown(node)
-    if channels is not None and ownership.trace.shapes[node.args[1].name] == (len(channels),):  # type: ignore[union-attr]
+    if channels is not None and ownership.trace.shapes[weight.name] == (len(channels),):
         ownership.use(path, 0, channels, "scale")
     return owners

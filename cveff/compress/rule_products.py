@@ -67,10 +67,10 @@ def _contract(
     left, right = tight(rows.expand(shape)), tight(cols.expand(shape))
     if not has_owner(left) or not has_owner(right):
         return right if has_owner(right) else left
-    batch = range(len(shape) - 2)
-    if ownership.attention == "heads" and any(varies(left, dim) or varies(right, dim) for dim in batch):
+    leading = range(len(shape) - 2)
+    if ownership.attention == "heads" and any(varies(left, dim) or varies(right, dim) for dim in leading):
         if _is_shared(ownership, left, right, len(shape) - 2, where):
-            owner = left if any(varies(left, dim) for dim in batch) else right
+            owner = left if any(varies(left, dim) for dim in leading) else right
             _tie_batches(ownership, owner, owner, shape)
             return ownership.canonical(owner)
         _tie_batches(ownership, left, right, shape)
@@ -83,7 +83,7 @@ def _contract(
 
 
 def _without_table(ownership: Ownership, owners: torch.Tensor, is_contracted: bool) -> torch.Tensor:
-    """Owners of one factor; nobody where they are a table's (relative positions) that meets no channels of the other."""
+    """Owners of one factor; nobody where they are a table's (relative positions) and meet no channels."""
     return owners if is_contracted or is_made(ownership, owners) else nobody(tuple(owners.shape))
 
 

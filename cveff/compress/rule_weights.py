@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,16 +21,17 @@ if TYPE_CHECKING:
 
 def convolve(ownership: Ownership, node: torch.fx.Node) -> torch.Tensor:
     """A convolution: new channels, tied to the ones that go in where it is grouped."""
-    path = ownership.parameter(node.args[1])
+    weight: Any = node.args[1]
+    path = ownership.parameter(weight)
     if path is None:
         return ownership.unknown(node, "has a computed weight")
     groups = int(node.args[6]) if len(node.args) > 6 else int(node.kwargs.get("groups", 1))  # type: ignore[arg-type]
-    shape = ownership.trace.shapes[node.args[1].name]  # type: ignore[union-attr]
+    shape = ownership.trace.shapes[weight.name]
     owners = ownership.value(node.args[0])  # type: ignore[arg-type]
     outputs = ownership.weight(path, 0, shape[0])
     inputs = ownership.collapse(owners, 1, "") if set(varying(owners)) <= {1} else None
     if ownership.is_strict and any(dim != 1 for dim in varying(owners)):
-        return ownership.unknown(node)  # it slides over channels
+        return ownership.unknown(node, "slides over channels")
     if inputs is not None:
         if groups == 1:
             ownership.use(path, 1, inputs, "in")

@@ -17,6 +17,7 @@ python tools/benchmarks/prune_coverage.py --peer-python peer/bin/python    # abo
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -229,7 +230,7 @@ def theirs(name: str, row: dict[str, Any]) -> None:
     import torch_pruning
     from torch import nn
 
-    row["version"] = torch_pruning.__version__
+    row["version"] = importlib.metadata.version("torch-pruning")
     module = timm.create_model(name).eval()
     size = module.default_cfg.get("test_input_size", module.default_cfg["input_size"])
     size = module.default_cfg["input_size"] or size
