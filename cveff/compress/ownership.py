@@ -19,7 +19,7 @@ from cveff.compress.operators import IGNORED, WEIGHTED, operator_name
 from cveff.compress.owners import along, canonical, columns, compact, has_owner, nobody, varying
 from cveff.compress.rules import RULES
 from cveff.compress.trace import Trace
-from cveff.compress.union_find import NONE, UnionFind
+from cveff.compress.union_find import NONE, UnionFind, count_merged
 from cveff.runtime.errors import first_line
 
 Attention = Literal["heads", "head_dims"]
@@ -56,6 +56,7 @@ class Ownership:
         self.grouped: dict[str, tuple[str, int]] = {}
         self.norm_groups: dict[str, int] = {}
         self.concrete: dict[str, Any] = dict(trace.constants)
+        self._known: set[tuple[str, int]] = set()
         self._fresh: dict[str, np.ndarray] = {}
         self._computed = self._computed_weights()
         self.is_strict = False
@@ -191,13 +192,16 @@ class Ownership:
         key = (path, dim)
         self.roles.setdefault(key, role)
         if key in self.weights and len(self.weights[key]) == len(owners):
-            self._merge_or_freeze(self.weights[key], owners)
+            self._merge_or_freeze(self.weights[key], owners, key in self._known)
             owners = np.where(self.weights[key] == NONE, owners, self.weights[key])
         self.weights[key] = owners.copy()
+        if self.is_strict:
+            self._known.add(key)
 
-    def _merge_or_freeze(self, first: np.ndarray, second: np.ndarray) -> None:
+    def _merge_or_freeze(self, first: np.ndarray, second: np.ndarray, is_known: bool) -> None:
         self.sets.union(first, second)
-        alone = (first == NONE) ^ (second == NONE)
+        # Before the strict walk nobody may only mean that the owners were not known yet.
+        alone = (first != NONE) & (second == NONE) | (first == NONE) & (second != NONE) & is_known
         if self.is_strict and alone.any():
             self.sets.freeze(
                 np.concatenate([first[alone], second[alone]]), "it shares a weight with a constant"
@@ -266,10 +270,13 @@ class Ownership:
         for owners in (*values, *tables):
             changing = varying(owners)
             if len(changing) > 1:
-                largest = max(changing, key=lambda dim: (owners.shape[dim], dim))
                 if not has_owner(owners):
                     continue
-                table = columns(owners, largest)
+                # Along which dimension do units lie? Where merging the others leaves the most of them.
+                table = max(
+                    (columns(owners, dim) for dim in reversed(changing)),
+                    key=lambda table: (count_merged(table), table.shape[1]),
+                )
                 mixed = (table == NONE).any(0) & (table != NONE).any(0)
                 self.sets.union(table[1:], np.broadcast_to(table[:1], table[1:].shape))
                 if mixed.any():

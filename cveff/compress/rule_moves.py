@@ -45,12 +45,8 @@ def move(ownership: Ownership, node: torch.fx.Node) -> Any:
         isinstance(item, torch.fx.Node) and item.name not in ownership.concrete for item in _indices(node)
     ):
         return ownership.unknown(node)
-    if name == "im2col":  # not there for integers; every owner is a whole number that a double holds
-        arguments = [arguments[0].double(), *arguments[1:]]
     with torch.no_grad():
         result = node.target(*arguments, **options)  # type: ignore[operator]
-    if name == "im2col":
-        result = result.long()
     if name in BALANCED and isinstance(result, (tuple, list)):
         for part in result[1:]:
             if part.shape == result[0].shape:
@@ -75,6 +71,17 @@ def _concatenate(
         if other != dim and all(part.stride(other) == 0 for part in parts if part.shape[other] > 1):
             parts = [part.narrow(other, 0, 1) for part in parts]
     return torch.cat(parts, dim).expand(shape)
+
+
+def unfold(ownership: Ownership, node: torch.fx.Node) -> Any:
+    """im2col: every channel becomes one entry for each place of the kernel; padding goes with its channel."""
+    owners, shape = ownership.value(node.args[0]), ownership.trace.shapes[node.name]  # type: ignore[arg-type]
+    if not set(varying(owners)) <= {owners.ndim - 3}:
+        return (
+            ownership.unknown(node, "mixes positions that differ") if ownership.is_strict else nobody(shape)
+        )
+    channels = along(owners, -3)
+    return channel(np.repeat(channels, shape[-2] // len(channels)), len(shape) - 2, shape)
 
 
 def fold(ownership: Ownership, node: torch.fx.Node) -> Any:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cveff.compress.operators import CREATIONS, MOVES, POINTWISE, REDUCTIONS, SPATIAL
-from cveff.compress.rule_moves import fold, move, pad
+from cveff.compress.rule_moves import fold, move, pad, unfold
 from cveff.compress.rule_norms import batch_norm, group_norm, layer_norm, prelu
 from cveff.compress.rule_pointwise import create, glu, pointwise
 from cveff.compress.rule_products import attention, matmul
@@ -32,6 +32,7 @@ RULES: Mapping[str, Rule] = {
     **dict.fromkeys(["matmul", "bmm", "mm"], matmul),
     **dict.fromkeys(["softmax", "log_softmax", "_softmax"], softmax),
     **dict.fromkeys(["pad", "constant_pad_nd"], pad),
+    "im2col": unfold,
     "col2im": fold,
     "linear": linear,
     "addmm": addmm,

@@ -110,11 +110,16 @@ def main() -> None:
         return
     names = QUICK if arguments.quick else (*LISTED, *MORE)
     out = arguments.out or common.output("prune_coverage.json", arguments.quick)
-    results = common.Results(out, __file__, {"ratio": 0.5, "round_to": 8, "seed": 0}, fresh=arguments.fresh)
+    results = common.Results(
+        out,
+        __file__,
+        {"ratio": 0.5, "round_to": 8, "seed": 0, "threads": arguments.threads},
+        fresh=arguments.fresh,
+    )
     rows = results.values.setdefault("rows", {})
-    for name in names:
-        row = rows.setdefault(name, {})
-        for who in ("cveff", "torch-pruning"):
+    for who in ("cveff", "torch-pruning"):
+        for name in names:
+            row = rows.setdefault(name, {})
             if who not in row:
                 row[who] = in_process(name, who, arguments)
                 results.values["summary"] = summary(rows)
@@ -128,6 +133,7 @@ def main() -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--peer-python", default=sys.executable, help="interpreter that has torch-pruning")
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--limit", type=int, default=900, help="seconds a row may take")
     parser.add_argument("--quick", action="store_true", help="two architectures")
     parser.add_argument("--fresh", action="store_true", help="measure again what is in the JSON file")
@@ -146,7 +152,11 @@ def in_process(name: str, who: str, arguments: argparse.Namespace) -> dict[str, 
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "row.json"
         command = [python, __file__, "--row", who, name, "--row-out", str(file)]
-        environment = {**os.environ, "TIMM_FUSED_ATTN": "1" if who == "cveff" else "0"}
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": str(arguments.threads),
+            "TIMM_FUSED_ATTN": "1" if who == "cveff" else "0",
+        }
         try:
             done = subprocess.run(
                 command, timeout=arguments.limit, capture_output=True, text=True, env=environment, check=False
@@ -164,7 +174,6 @@ def one_row(arguments: argparse.Namespace) -> None:
     import torch
 
     torch.manual_seed(0)
-    torch.set_num_threads(2)
     who, name = arguments.row
     row: dict[str, Any] = {"stage": "create"}
     try:
