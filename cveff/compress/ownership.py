@@ -70,6 +70,8 @@ class Ownership:
         before = -1
         while before != self.sets.version:
             before = self.sets.version
+            for facts in (self.normalizers, self.grouped, self.norm_groups):
+                facts.clear()  # what held while less was known need not hold in the end
             for node in self.trace.program.graph.nodes:
                 self._visit(node)
 
