@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from cveff.compress.operators import SUMS, operator_name
 from cveff.compress.owners import (
+    columns,
     nobody,
     pairs,
     tight,
     varies,
     varying,
 )
+from cveff.compress.rule_pointwise import is_made
 
 if TYPE_CHECKING:
     from cveff.compress.ownership import Ownership
@@ -38,7 +41,13 @@ def spatial(ownership: Ownership, node: torch.fx.Node) -> Any:
     if any(varies(owners, -1 - index) for index in range(spatial)):
         if not ownership.is_strict:
             return nobody(shape)
-        return ownership.unknown(node)
+        if is_made(ownership, owners):
+            return ownership.unknown(node, "slides over channels")
+        # A table of positions that is resized: all positions of an entry are one.
+        for index in range(spatial):
+            table = columns(owners, owners.ndim - 1 - index)
+            ownership.sets.union(table[:, 1:], np.broadcast_to(table[:, :1], table[:, 1:].shape))
+        owners = ownership.canonical(owners)
     for index in range(spatial):
         owners = owners.narrow(-1 - index, 0, 1)
     return owners.expand(shape)

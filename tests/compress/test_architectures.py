@@ -14,24 +14,32 @@ import cveff
 from cveff.compress.analysis import analyze, check, describe
 from cveff.compress.proof import awakened
 
-WHOLE = (
-    "test_resnet",  # residual blocks
-    "test_efficientnet",  # depthwise convolutions, squeeze and excite
-    "test_mambaout",
-    "regnetx_002",  # grouped convolutions
-    "ghostnetv2_100",  # concatenations, gates
-    "mobileone_s0",  # branches to be merged
-    "convnext_atto",  # layer scale, norms over channels
-    "inception_next_atto",  # splits
-    "edgenext_xx_small",  # cross-covariance attention
-    "test_vit",  # packed attention
-    "swin_tiny_patch4_window7_224",  # windows that roll, patches that merge
-    "levit_128s",  # attention of two widths, cached biases
-    "pvt_v2_b0",  # keys and values of fewer tokens
-    "crossvit_9_240",  # two streams
-    "mobilevitv2_050",  # unfolded patches
-    "efficientvit_b0",  # linear attention, regions without autocast
-)
+WHOLE: dict[str, dict[str, object]] = {
+    "test_resnet": {},  # residual blocks
+    "test_efficientnet": {},  # depthwise convolutions, squeeze and excite
+    "test_mambaout": {},
+    "regnetx_002": {},  # grouped convolutions
+    "lcnet_035": {},
+    "convnext_atto": {"depths": (1, 1, 1, 1)},  # layer scale, norms over channels
+    "inception_next_atto": {"depths": (1, 1, 1, 1)},  # splits
+    "edgenext_xx_small": {"depths": (1, 2, 2, 2)},  # cross-covariance attention
+    "test_vit": {},  # packed attention, a resized position table
+    "swin_tiny_patch4_window7_224": {  # windows that roll, patches that merge
+        "embed_dim": 24,
+        "depths": (2, 2),
+        "num_heads": (2, 4),
+        "window_size": 4,
+    },
+    "levit_128s": {
+        "embed_dim": (32, 48),
+        "num_heads": (2, 3),
+        "depth": (1, 1),
+        "key_dim": 8,
+    },  # cached biases
+    "pvt_v2_b0": {"depths": (1, 1, 1, 1)},  # keys and values of fewer tokens
+    "mobilevitv2_050": {},  # unfolded patches
+    "efficientvit_b0": {},  # linear attention, regions without autocast
+}
 
 
 def random_keep(groups: object, seed: int = 1) -> dict[str, np.ndarray]:
@@ -41,7 +49,7 @@ def random_keep(groups: object, seed: int = 1) -> dict[str, np.ndarray]:
 
 def created(name: str) -> cveff.Model:
     torch.manual_seed(0)
-    return cveff.create(name, 10, image_size=None if name == "crossvit_9_240" else 64)
+    return cveff.create(name, 10, image_size=64, **WHOLE.get(name, {}))
 
 
 @pytest.mark.parametrize("name", WHOLE)
