@@ -47,7 +47,12 @@ class LatencyGoal:
         self._model, self._reference, self._analysis, self._sizes = model, reference, analysis, sizes
         self._timer, self._progress = timer, progress
         self._milliseconds = float("nan")
-        self._predictor = LatencyModel.load(BlockLatency(timer.engine, timer.threads))
+        self._predictor = self.make_predictor(timer)
+
+    @staticmethod
+    def make_predictor(timer: ModelTimer) -> LatencyModel:
+        """What predicts candidates before they are measured: the blocks' table of the timer's engine and threads."""
+        return LatencyModel.load(BlockLatency(timer.engine, timer.threads))
 
     def reach(self, counts_for: Callable[[Cost, float], dict[str, int]], share: float) -> dict[str, int]:
         """Counts whose exported file takes at most `share` of the reference's time, and little less.
@@ -83,12 +88,15 @@ class LatencyGoal:
                 high = min(high, wanted)
             wanted = self._next(wanted * share * (1 - CLOSE / 3) / measured, low, high)
         if best is None:
-            least = min(tried.values())
-            raise StepError(
-                f"{share:.3g} of the model's latency cannot be reached by taking channels out: the least that was "
-                f"measured is {least:.3g} ({least * self._milliseconds:.3g} ms); lower min_fraction, allow "
-                "depth=True, or ask for less"
-            )
+            counts = counts_for(self._cost, 0.0)  # as small as it gets
+            least = min([self._measure(counts), *tried.values()])
+            if least > share * (1 + OVER):
+                raise StepError(
+                    f"{share:.3g} of the model's latency cannot be reached by taking channels out: the least is "
+                    f"{least:.3g} ({least * self._milliseconds:.3g} ms); lower min_fraction, allow depth=True, or "
+                    "ask for less"
+                )
+            best = (least, counts)
         return best[1]
 
     def _next(self, wanted: float, low: float, high: float) -> float:

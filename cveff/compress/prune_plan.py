@@ -17,14 +17,12 @@ from cveff.compress.drop_blocks import DropBlocks
 from cveff.compress.groups import Analysis
 from cveff.compress.importance import score
 from cveff.compress.latency_goal import LatencyGoal
-from cveff.compress.latency_model import LatencyModel
 from cveff.compress.samples import Batches, samples
 from cveff.compress.scopes import keep_best, select
 from cveff.compress.sensitivity import Cost, Curve, measured_curves, summed_curves
 from cveff.compress.sizes import Sizes
 from cveff.compress.trace import Trace, trace
 from cveff.errors import StepError
-from cveff.measure.block_latency import BlockLatency
 from cveff.model import Model, with_module
 from cveff.steps import Run
 
@@ -191,7 +189,7 @@ def _drop(
     sizes = Sizes(analysis)
     if settings.goal in ("latency", "latency_ms"):
         assert run.timer is not None
-        predictor = LatencyModel.load(BlockLatency(run.timer.engine, run.timer.threads))
+        predictor = LatencyGoal.make_predictor(run.timer)
         of_trace: Callable[[Trace], float] = predictor.predict
         cost: Cost = lambda counts: predictor.predict(analysis.trace, sizes.shapes(counts))  # noqa: E731
         whole = of_trace(trace(reference.module, reference.spec.input))
