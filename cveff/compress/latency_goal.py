@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -14,6 +15,7 @@ from cveff.compress.sizes import Sizes
 from cveff.compress.trace import Trace, trace
 from cveff.errors import StepError
 from cveff.measure.block_latency import BlockLatency
+from cveff.measure.threads import usable_cores
 from cveff.model import Model, with_module
 from cveff.progress import Progress
 from cveff.steps import ModelTimer
@@ -63,6 +65,11 @@ class LatencyGoal:
         Raises:
             StepError: the smallest network the settings allow is slower; the message says how fast it is.
         """
+        load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+        if load > usable_cores():
+            self._progress.message(
+                f"warning: {load:.0f} programs run on {usable_cores()} cores; latencies measured now may mislead"
+            )
         whole = self.predict(trace(self._reference.module, self._reference.spec.input))
         wanted, low, high = share * whole, 0.0, whole  # predicted milliseconds, and what brackets them
         best: tuple[float, dict[str, int]] | None = None

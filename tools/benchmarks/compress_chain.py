@@ -121,8 +121,8 @@ def _chain(name: str, data: Data, arguments: argparse.Namespace) -> dict[str, An
         model, data=data, target=target, max_accuracy_drop=0.5, out=folder / "model.bundle", progress=progress
     )
     file = cveff.export(dense, folder / "dense.onnx")
-    found = cveff.bench({"dense": file, "bundle": deployment.path}, data=data, batch=1, seconds=30)
-    bundle = found[-1] if isinstance(found, list) else list(found)[-1]
+    found = cveff.bench({"dense": file, "bundle": deployment.path}, data=data, batch=1)
+    bundle = found[-1]
     lost = 100 * (figures["steps"]["dense"]["accuracy"] - bundle.accuracy)
     figures["bundle"] = {**bundle.to_json(), "lost_points": lost}
     figures["passes"] = bundle.speedup >= SPEEDUP and lost <= MAX_DROP_POINTS
