@@ -86,8 +86,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "mobilenetv3_small_050": ("mobilenetv3_small_050", {}),
     "lcnet_050": ("lcnet_050", {}),
     "mobilenetv2_050": ("mobilenetv2_050", {}),
-    "resnet18 slim": ("resnet18", {"channels": [32, 64, 128, 256]}),
-    "resnet50 slim": ("resnet50", {"channels": [40, 80, 160, 320]}),
+    "resnet10t": ("resnet10t", {}),
+    "resnet50 slim": ("resnet50", {"base_width": 32}),
     "convnext slim": ("convnext_atto", {"dims": [24, 48, 96, 192]}),
     "vit slim": ("vit_tiny_patch16_224", {"embed_dim": 128, "num_heads": 2, "depth": 8}),
 }
