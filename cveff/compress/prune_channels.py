@@ -96,7 +96,9 @@ def _follow_weights(owner: nn.Module) -> None:
     elif isinstance(owner, _NormBase):
         statistics = owner.running_mean if weight is None else weight
         owner.num_features = len(statistics) if statistics is not None else owner.num_features
-    elif (isinstance(owner, nn.LayerNorm) and isinstance(weight, torch.Tensor)) or (isinstance(owner, nn.RMSNorm) and isinstance(weight, torch.Tensor)):
+    elif (isinstance(owner, nn.LayerNorm) and isinstance(weight, torch.Tensor)) or (
+        isinstance(owner, nn.RMSNorm) and isinstance(weight, torch.Tensor)
+    ):
         owner.normalized_shape = tuple(weight.shape)
     elif isinstance(owner, nn.GroupNorm) and isinstance(weight, torch.Tensor):
         owner.num_channels = len(weight)
