@@ -1,4 +1,4 @@
-"""How `Prune` gets from a goal to masks: score units, learn what each group costs, allocate, and check on the device."""
+"""How `Prune` gets from a goal to masks: score units, learn what groups cost, allocate, check on the device."""
 
 from __future__ import annotations
 
