@@ -17,6 +17,7 @@ from cveff.errors import CheckpointError
 _HOME = {
     "reparameterize": "cveff.backbones.reparameterize:Reparameterize",
     "fold_batch_norm": "cveff.backbones.fold:FoldedBatchNorm",
+    "low_rank": "cveff.compress.low_rank_edit:LowRankEdit",
     "drop_blocks": "cveff.compress.drop_blocks:DropBlocks",
     "prune_channels": "cveff.compress.prune_channels:PruneChannels",
     "sparsity": "cveff.compress.sparsity:Sparsity",

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from cveff.backbones import FoldBatchNorm, Reparameterize
-from cveff.compress import Distill, Sparsify
+from cveff.compress import Distill, LowRank, Sparsify
 from cveff.data.augment import Augmentation
 from cveff.data.named import NAMED
 from cveff.errors import RecipeError
@@ -28,7 +28,7 @@ RECIPES = Path(__file__).parent / "model_zoo" / "recipes"
 
 def _step_kinds() -> dict[str, type]:
     """The recipe's union: every method a `[[steps]]` table can name by its `kind`."""
-    return {step.kind: step for step in (Reparameterize, FoldBatchNorm, Train, Distill, Sparsify)}
+    return {step.kind: step for step in (Reparameterize, FoldBatchNorm, Train, Distill, LowRank, Sparsify)}
 
 
 @dataclass(frozen=True)

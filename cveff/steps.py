@@ -17,7 +17,14 @@ from cveff.target import Target
 
 
 class ModelTimer(Protocol):
-    """What tells a step how fast models really are: on the target's engine, not in PyTorch."""
+    """What tells a step how fast models really are: on the target's engine, not in PyTorch.
+
+    Attributes:
+        engine, threads: what it measures on.
+    """
+
+    engine: str
+    threads: int
 
     def milliseconds(self, models: Mapping[str, Model]) -> dict[str, float]:
         """Export each model, open the files on the target's engine and threads, and time them in turns.

@@ -89,7 +89,7 @@ def _build(
     path = folder / (f"model.{stored}.xml" if stored.startswith("int8") else "model.xml")
     if not path.exists():
         if stored.startswith("int8"):
-            # Zero points keep more of signed activations and can halve the speed: both are built, and measured.
+            # Zero points keep more of signed activations and cost time on some networks: both are built and timed.
             preset: Preset = "mixed" if stored == "int8-asymmetric" else "performance"
             quantize_openvino(
                 _rounded(source, calibration, folder), path, _needed(calibration), preset=preset

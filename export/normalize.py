@@ -13,13 +13,14 @@ from cveff.runtime.input_spec import InputSpec
 class NormalizedModel(nn.Module):
     """`network((images / 255 - mean) / std)`, as one subtraction and one multiplication in NHWC.
 
-    How it is written decides what it costs on a network of 2 ms:
+    How it is written decides what it costs on a small network (measured: "uint8_input" and "rows_of_three" in
+    model_zoo/results/choices.json):
 
     - 1 / 255 is inside the constants, so no pass over the image is spent on it.
     - Subtracting and scaling stay apart, so that `simplify` can move the scale into the first convolution's
       weights; the subtraction must stay, because zero padding has to keep meaning "an average pixel".
     - The constants are one row of the image, (1, 1, W, C), not one value a channel: engines that compute in
-      NHWC (ONNX Runtime's int8) would otherwise loop over rows of 3 values, ten times slower.
+      NHWC (ONNX Runtime's int8) would otherwise loop over rows of 3 values, many times slower.
 
     Args:
         network: takes float (N, C, H, W) and returns logits (N, classes).

@@ -257,14 +257,22 @@ def _environment(name: str, value: str) -> Iterator[None]:
 
 @contextmanager
 def _quiet(nncf: Any) -> Iterator[None]:
-    """NNCF draws progress bars and logs on standard output, which belongs to the caller."""
+    """NNCF draws progress bars and logs on standard output, which belongs to the caller.
+
+    It also imports torch's builder of C++ extensions, which warns of a CUDA compiler without a CUDA device;
+    nothing is built here.
+    """
     levels = [(handler, handler.level) for handler in nncf.nncf_logger.handlers]
     level = nncf.nncf_logger.level
+    builder = logging.getLogger("torch.utils.cpp_extension")
+    builder_level = builder.level
     nncf.set_log_level(logging.ERROR)
+    builder.setLevel(logging.ERROR)
     try:
         with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
             yield
     finally:
+        builder.setLevel(builder_level)
         nncf.nncf_logger.setLevel(level)
         for handler, old in levels:
             handler.setLevel(old)

@@ -11,12 +11,39 @@ from types import ModuleType
 import numpy as np
 import pytest
 
+import cveff
+from cveff.export.quantize import quantize_onnx
 from cveff.runtime.input_spec import InputSpec
 from cveff.runtime.preprocess import preprocess
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "tools" / "benchmarks"
-SCRIPTS = ("engines", "lite0", "fashion_mnist", "digits", "startup", "distill", "sparsity")
+SCRIPTS = (
+    "engines",
+    "lite0",
+    "fashion_mnist",
+    "digits",
+    "startup",
+    "distill",
+    "importance",
+    "low_rank",
+    "sparsity",
+    "choices",
+    "prune_quality",
+    "latency_goals",
+    "compress_chain",
+    "latency_table",
+)
+HELPERS = (
+    "choices_onnxruntime",
+    "choices_openvino",
+    "common",
+    "dense_models",
+    "peers",
+    "photos",
+    "trained",
+    "workshop",
+)
 RESULTS = sorted((ROOT / "model_zoo" / "results").glob("*.json"))
 
 
@@ -29,7 +56,7 @@ def benchmark_module(monkeypatch: pytest.MonkeyPatch):
         return importlib.import_module(name)
 
     yield load
-    for name in [*SCRIPTS, "common", "peers", "photos", "trained"]:
+    for name in [*SCRIPTS, *HELPERS]:
         sys.modules.pop(name, None)
 
 
@@ -180,3 +207,31 @@ def test_seeds_are_summed_up_as_mean_and_range(benchmark_module) -> None:
     assert values["int8_accuracy"]["mean"] == pytest.approx(0.93)
     assert values["int8_accuracy"]["spread"] == pytest.approx(0.02)
     assert (values["runs"], values["images"], values["int8_bytes"]["largest"]) == (2, 10, 7)
+
+
+def test_heads_of_a_graph_compute_the_same(tmp_path: Path, benchmark_module) -> None:
+    """However normalisation is written, in float32 and in int8: what is compared is time alone."""
+    choices = benchmark_module("choices_onnxruntime")
+    model = cveff.create("small_resnet_s", num_classes=10, image_size=16, channels=3)
+    source = cveff.export(model, tmp_path / "model.onnx")
+    images = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), np.uint8)
+    for path in (source, quantize_onnx(source, tmp_path / "int8.onnx", images)):
+        logits = [
+            choices.open_plain(
+                choices.with_head(path, head),
+                choices.floats_of(path, images) if head == choices.FLOAT else images,
+            )()(images)
+            for head in (choices.FLOAT, choices.CHANNEL_SCALED, choices.CHANNEL, choices.ROW)
+        ]
+        assert np.ptp(logits[0]) > 0
+        for other in logits[1:]:
+            np.testing.assert_allclose(other, logits[0], rtol=1e-5, atol=1e-6)
+
+
+def test_errors_are_relative_to_what_differs_between_images(benchmark_module) -> None:
+    workshop = benchmark_module("workshop")
+    expected = np.array([[1.0, 0.0], [-1.0, 0.0]])
+    shared = np.array([[100.0, 100.0]])
+    assert workshop.centred_cosine(expected, expected + shared) == pytest.approx(1)
+    assert workshop.centred_cosine(-expected, expected) == pytest.approx(-1)
+    assert workshop.variation_error(0.9 * expected + shared, expected + shared) == pytest.approx(0.1)

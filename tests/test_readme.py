@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -92,6 +95,31 @@ def test_links_lead_somewhere() -> None:
         assert (ROOT / target).exists(), f"README links to {target}, which is not there"
 
 
-def test_tables_are_those_of_the_committed_results() -> None:
+def test_tables_of_readme_and_docs_are_those_of_the_committed_results() -> None:
     done = run([sys.executable, str(ROOT / "tools" / "readme_tables.py"), "--check"], ROOT)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture
+def tables(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    yield importlib.import_module("readme_tables")
+    for name in ("readme_tables", "choices_tables"):
+        sys.modules.pop(name, None)
+
+
+def test_every_table_stands_on_some_page(tables: ModuleType) -> None:
+    pages = "".join(page.read_text(encoding="utf-8") for page in tables.PAGES)
+    assert set(re.findall(r"<!-- table:(\w+) -->", pages)) == set(tables.TABLES)
+
+
+def test_a_block_is_filled_and_a_broken_one_refused(
+    tables: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables, "TABLES", {"one": ("startup", lambda values: "new\n")})
+    text = "a\n<!-- table:one -->\nold\n<!-- /table -->\nb"
+    assert tables.filled(text, "page.md") == text.replace("old", "new")
+    with pytest.raises(SystemExit, match=r"page.md asks for table:two; there are one"):
+        tables.filled(text.replace("one", "two"), "page.md")
+    with pytest.raises(SystemExit, match="without <!-- /table -->"):
+        tables.filled("<!-- table:one -->\nold\n" + text, "page.md")

@@ -1,7 +1,10 @@
-"""Write the README's measured tables and its picture from the committed results, so that no figure is typed by hand.
+"""Write the measured tables of README and docs/, and the README's picture, from the committed results.
+
+So no figure is typed by hand: what stands between `<!-- table:NAME -->` and `<!-- /table -->` is made by the function
+of that name in `TABLES`.
 
 python tools/readme_tables.py            # rewrite what stands between the markers, and docs/images/engines.svg
-python tools/readme_tables.py --check    # exit 1 if the README says something else than the results
+python tools/readme_tables.py --check    # exit 1 if a page says something else than the results
 """
 
 from __future__ import annotations
@@ -14,10 +17,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import choices_tables
+from choices_tables import markdown
+
 from cveff.files import atomic_path, write_text
 
 ROOT = Path(__file__).parents[1]
-README = ROOT / "README.md"
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 RESULTS = ROOT / "model_zoo" / "results"
 PICTURE = ROOT / "docs" / "images" / "engines.svg"
 PEERS = ("ONNX Runtime fp32", "ONNX Runtime int8", "OpenVINO", "OpenVINO f32", "NNCF int8")
@@ -26,27 +32,42 @@ OURS = "cveff deploy"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--check", action="store_true", help="change nothing, fail where the README is stale")
+    parser.add_argument("--check", action="store_true", help="change nothing, fail where a page is stale")
     arguments = parser.parse_args()
-    text = README.read_text(encoding="utf-8")
-    written = filled(text)
+    stale = []
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        written = filled(text, page.name)
+        if written != text:
+            stale.append(page.relative_to(ROOT).as_posix())
+            if not arguments.check:
+                write_text(page, written)
     if arguments.check:
         sys.exit(
-            0 if written == text else "README.md differs from model_zoo/results: run tools/readme_tables.py"
+            f"{', '.join(stale)}: not what model_zoo/results says; run tools/readme_tables.py" if stale else 0
         )
-    write_text(README, written)
     draw(result("engines"), PICTURE)
 
 
-def filled(text: str) -> str:
-    """`text` with every `<!-- table:NAME -->` block made anew."""
-    for name, make in TABLES.items():
-        block = re.compile(rf"(<!-- table:{name} -->\n).*?(<!-- /table -->)", re.DOTALL)
-        if not block.search(text):
-            raise SystemExit(f"README.md has no block <!-- table:{name} -->")
-        table = make(result(name))
-        text = block.sub(lambda match, table=table: match[1] + table + match[2], text)
-    return text
+def filled(text: str, page: str) -> str:
+    """`text` with every `<!-- table:NAME -->` block made anew.
+
+    Raises:
+        SystemExit: a block of a name that no function makes, or one without an end.
+    """
+
+    def block(match: re.Match[str]) -> str:
+        name = match[2]
+        if name not in TABLES:
+            raise SystemExit(f"{page} asks for table:{name}; there are {', '.join(TABLES)}")
+        file, make = TABLES[name]
+        return match[1] + make(result(file)) + match[3]
+
+    blocks = re.compile(r"(<!-- table:(\w+) -->\n)(?:(?!<!-- table:).)*?(<!-- /table -->)", re.DOTALL)
+    written, count = blocks.subn(block, text)
+    if count != text.count("<!-- table:"):
+        raise SystemExit(f"{page} has a <!-- table:NAME --> without <!-- /table -->")
+    return written
 
 
 def result(name: str) -> dict[str, Any]:
@@ -75,7 +96,7 @@ def fashion_mnist(values: dict[str, Any]) -> str:
             ]
         )
     header = ["model", "parameters", "int8 file", "fp32 module", "most lost", "int8 size", "int8", "PyTorch"]
-    return _markdown(header, rows)
+    return markdown(header, rows)
 
 
 def engines(values: dict[str, Any]) -> str:
@@ -91,7 +112,7 @@ def engines(values: dict[str, Any]) -> str:
             chosen = f"{cell['chosen']['engine']} {cell['chosen']['precision']}"
             ours = f"**{latency[OURS]['median']:.2f}**"
             rows.append([f"{name} / {batch}", *times, ours, chosen, f"{cell['best_peer_over_cveff']:.2f}"])
-    return _markdown(["model / batch", *PEERS, "cveff", "it chose", "best peer / cveff"], rows)
+    return markdown(["model / batch", *PEERS, "cveff", "it chose", "best peer / cveff"], rows)
 
 
 def lite0(values: dict[str, Any]) -> str:
@@ -99,7 +120,15 @@ def lite0(values: dict[str, Any]) -> str:
         [name, f"{100 * row['agreement']:.1f}%", f"{row['cosine']:.3f}", str(row["crops"])]
         for name, row in sorted(values["rows"].items(), key=lambda item: -item[1]["agreement"])
     ]
-    return _markdown(["int8 file", "same top-1 as fp32", "cosine of logits", "crops"], rows)
+    return markdown(["int8 file", "same top-1 as fp32", "cosine of logits", "crops"], rows)
+
+
+def lite0_intervals(values: dict[str, Any]) -> str:
+    rows = []
+    for name, row in sorted(values["rows"].items(), key=lambda item: -item[1]["agreement"]):
+        low, high = row["interval"]
+        rows.append([name, f"{row['agreement']:.3f}", f"{low:.3f}–{high:.3f}", f"{row['cosine']:.4f}"])
+    return markdown(["int8 file", "agreement", "95%", "cosine of logits"], rows)
 
 
 def startup(values: dict[str, Any]) -> str:
@@ -109,14 +138,17 @@ def startup(values: dict[str, Any]) -> str:
         memory = f"{item['peak_rss_mb']:.0f} MB" if "peak_rss_mb" in item else "–"
         what = {"import": "`import cveff`", "help": "`cveff --help`"}.get(name, f"first prediction, {name}")
         rows.append([what, f"{item['seconds']['median']:.2f} s", f"{bar} s", memory])
-    return _markdown(["fresh process", "median", "limit", "peak memory"], rows)
+    return markdown(["fresh process", "median", "limit", "peak memory"], rows)
 
 
-TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
-    "fashion_mnist": fashion_mnist,
-    "engines": engines,
-    "lite0": lite0,
-    "startup": startup,
+TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "fashion_mnist": ("fashion_mnist", fashion_mnist),
+    "engines": ("engines", engines),
+    "lite0": ("lite0", lite0),
+    "lite0_intervals": ("lite0", lite0_intervals),
+    "startup": ("startup", startup),
+    "export_table": ("export_table", choices_tables.export_table),
+    **{name: ("choices", make) for name, make in choices_tables.TABLES.items()},
 }
 
 
@@ -163,11 +195,6 @@ def draw(values: dict[str, Any], path: Path) -> None:
     figure.patch.set_facecolor("white")
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="svg", bbox_inches="tight", metadata={"Date": None})
-
-
-def _markdown(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "".join("| " + " | ".join(cells) + " |\n" for cells in lines)
 
 
 if __name__ == "__main__":

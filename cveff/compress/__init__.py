@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from cveff.compress.distill import Distill
+from cveff.compress.low_rank import LowRank
+from cveff.compress.prune import Prune
 from cveff.compress.sparsify import Sparsify
 
-__all__ = ["Distill", "Sparsify"]
+__all__ = ["Distill", "LowRank", "Prune", "Sparsify"]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from cveff.compress.importance_activation import Layer, channels_last, removed_after
 from cveff.compress.samples import Batches, evaluation, require_batches
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 MAX_CHANNELS = 4096
 """Inputs of a layer up to which its second moments, (channels, channels) float64, are gathered."""
+
+_RESHAPES = ("aten.flatten.", "aten.reshape.", "aten.view.")
+_SHAPES_ALIKE = ("aten.reshape_as.", "aten.view_as.")
 
 
 @dataclass(frozen=True)
@@ -85,12 +88,21 @@ def compensate(
         else:
             layers[path] = layer
     norms = {} if trace is None else norms_behind(trace)
+    state = module.state_dict()
     for path, moments in _moments(module, layers, given).items():
         if moments.count == 0:
             result.skipped[path] = "it was never called: its weight is used directly"
             continue
-        norm = norms.get(f"{path}.weight") if layers[path].bias is None else f"{path}.bias"
-        _repair(path, layers[path], kept[path], moments, damping, norm, module, result)
+        shift = norms.get(f"{path}.weight") if layers[path].bias is None else f"{path}.bias"
+        repaired = _repair(layers[path], kept[path], moments, damping, shift is not None)
+        weight = layers[path].weight
+        rows = repaired.rows.movedim(2, 3).reshape(weight.shape)
+        result.state[f"{path}.weight"] = rows.to(weight.device, weight.dtype)
+        result.errors[path] = repaired.errors
+        if shift is not None:
+            # A bias is added; a batch norm subtracts its running mean, so there the mean error leaves it.
+            sign = 1 if shift.endswith(".bias") else -1
+            result.state[shift] = state[shift] + sign * repaired.lost.to(state[shift])
     return result
 
 
@@ -158,38 +170,35 @@ def _kept_inputs(
     return kept
 
 
-def _repair(
-    path: str,
-    layer: Layer,
-    kept: np.ndarray,
-    moments: _Moments,
-    damping: float,
-    shift: str | None,
-    module: nn.Module,
-    result: Compensation,
-) -> None:
-    """Solve one layer and write what changes into `result`. `shift`: what takes up the mean error, or None."""
+@dataclass(frozen=True)
+class _Repaired:
+    """New rows (groups, out, taps, C), the mean error (out,) they leave, and relative errors before and after."""
+
+    rows: Tensor
+    lost: Tensor
+    errors: tuple[float, float]
+
+
+def _repair(layer: Layer, kept: np.ndarray, moments: _Moments, damping: float, is_centred: bool) -> _Repaired:
+    """Solve one layer. `is_centred`: its mean error will be taken up elsewhere, so only the rest is minimised."""
     mean, second = moments.means()  # (groups, C), (groups, C, C)
-    device = mean.device
-    stay = torch.from_numpy(np.flatnonzero(kept)).to(device)
-    gone = torch.from_numpy(np.flatnonzero(~kept)).to(device)
-    centred = second - mean[:, :, None] * mean[:, None, :] if shift is not None else second
+    stay, gone = (torch.from_numpy(np.flatnonzero(mask)).to(mean.device) for mask in (kept, ~kept))
+    centred = second - mean[:, :, None] * mean[:, None, :] if is_centred else second
     among = centred[:, stay][:, :, stay]  # (groups, K, K)
     between = centred[:, stay][:, :, gone]  # (groups, K, D)
     ridge = damping * among.diagonal(dim1=1, dim2=2).mean(1)
     # Channels that are always 0 would leave the matrix singular: the smallest ridge that float64 resolves.
     ridge = ridge.clamp_min(1e-12 * float(centred.diagonal(dim1=1, dim2=2).mean()) + 1e-30)
     damped = among + torch.diag_embed(ridge[:, None].expand(-1, len(stay)))
-    stand_in = torch.linalg.solve(damped, between).mT  # x_D ≈ A x_K (+ its mean error): (groups, D, K)
+    stand_in = torch.linalg.solve(damped, between).mT  # x_D ≈ A x_K, up to its mean error: (groups, D, K)
 
-    weight = layer.weight.detach().double().to(device)
-    rows = weight.reshape(moments.num_groups, -1, *weight.shape[1:2], weight[0, 0].numel())
-    rows = rows.movedim(3, 2)  # (groups, out, taps, C)
+    weight = layer.weight.detach().to(mean)  # (groups · out, C, …)
+    rows = weight.reshape(moments.num_groups, -1, weight.shape[1], weight[0, 0].numel()).movedim(3, 2)
     lost_rows = rows[..., gone].flatten(1, 2)  # (groups, out · taps, D)
     new = torch.zeros_like(rows)
     new[..., stay] = rows[..., stay] + (lost_rows @ stand_in).view(*rows.shape[:3], -1)
     residual = mean[:, gone] - (stand_in @ mean[:, stay, None])[..., 0]  # E[x_D − A x_K]: (groups, D)
-    lost = torch.einsum("gotd,gd->go", rows[..., gone], residual).reshape(-1)  # mean of the error, (out,)
+    lost = torch.einsum("gotd,gd->go", rows[..., gone], residual).reshape(-1)
 
     # Taps are taken as uncorrelated: the energy of an output is Σ over taps of wᵀ E[x xᵀ] w.
     gram = lost_rows.mT @ lost_rows
@@ -198,28 +207,33 @@ def _repair(
     whole = rows.flatten(1, 2).float()
     energy = max(float(((whole @ second.float()) * whole).sum()), 1e-300)
     before, after = ((gram * errors).sum() for errors in (second[:, gone][:, :, gone], left))
-    result.errors[path] = (float(before) / energy, max(float(after), 0.0) / energy)
-
-    like = layer.weight
-    result.state[f"{path}.weight"] = new.movedim(2, 3).reshape(weight.shape).to(like.device, like.dtype)
-    if shift is not None:
-        old = module.state_dict()[shift]
-        # A batch norm subtracts its running mean, so the error's mean leaves it; a bias is added.
-        sign = 1.0 if shift.endswith(".bias") else -1.0
-        result.state[shift] = (old.double() + sign * lost.to(old.device)).to(old.dtype)
+    return _Repaired(new, lost, (float(before) / energy, max(float(after), 0.0) / energy))
 
 
 def norms_behind(trace: Trace) -> dict[str, str]:
-    """Path of a convolution's weight -> path of the running mean of the batch norm that alone reads its output."""
+    """Path of a layer's weight -> path of the running mean of the batch norm that alone reads its output."""
     found = {}
     for node in trace.program.graph.nodes:
         if node.op != "call_function" or not str(node.target).startswith("aten.batch_norm."):
             continue
         source, running_mean = node.args[0], node.args[3]
-        if len(source.users) != 1 or not str(source.target).startswith("aten.conv2d."):
+        while str(source.target).startswith(_RESHAPES) and _num_readers(source) == 1:
+            source = source.args[0]
+        if _num_readers(source) != 1 or not str(source.target).startswith(("aten.conv2d.", "aten.linear.")):
             continue
         weight = trace.parameters.get(source.args[1].name)
         statistic = trace.parameters.get(getattr(running_mean, "name", ""))
-        if weight is not None and statistic is not None:
+        # A reshape may have moved other numbers to where the norm expects channels.
+        channels, dim = trace.shapes[source.args[1].name][0], 1 if "conv2d" in str(source.target) else -1
+        seen = trace.shapes[node.args[0].name]
+        is_whole = source is node.args[0] or (dim == -1 and len(seen) == 2)
+        if weight is not None and statistic is not None and is_whole and seen[1] == channels:
             found[weight] = statistic
     return found
+
+
+def _num_readers(node: fx.Node) -> int:
+    """Users of a value's numbers; `reshape_as` reads only the shape of its second argument."""
+    return sum(
+        not (str(user.target).startswith(_SHAPES_ALIKE) and user.args[0] is not node) for user in node.users
+    )

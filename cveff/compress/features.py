@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -42,16 +42,19 @@ class Stage:
 def stages(module: nn.Module, size: tuple[int, int], channels: int) -> tuple[Stage, ...]:
     """One `Stage` a resolution, in the order of computation; found by running one blank image.
 
+    Layers in the middle of a block that changes the resolution, such as the expansion before a strided convolution,
+    are passed over for the output of the block before.
+
     Args:
         size, channels: of the images `module` takes.
     """
-    found: dict[int, Stage] = {}
+    seen: dict[str, Stage] = {}
 
     def note(path: str, output: Any) -> None:
         stage = _stage(path, output, size)
         if stage is not None:
-            found.pop(stage.positions, None)  # so that the dictionary's order is that of the last layers
-            found[stage.positions] = stage
+            seen.pop(path, None)  # so that the dictionary's order is that of the last calls
+            seen[path] = stage
 
     like = next(module.parameters())
     was_training = module.training
@@ -67,6 +70,11 @@ def stages(module: nn.Module, size: tuple[int, int], channels: int) -> tuple[Sta
         module.train(was_training)
         for hook in hooks:
             hook.remove()
+    found: dict[int, Stage] = {}
+    for stage in seen.values():
+        if not _is_within_a_change(stage, seen, module):
+            found.pop(stage.positions, None)
+            found[stage.positions] = stage
     return tuple(found.values())
 
 
@@ -150,6 +158,18 @@ def _stage(path: str, output: Any, size: tuple[int, int]) -> Stage | None:
     if len(shape) == 4 and shape[1] * shape[2] > 1 and _is_grid(shape[1:3], size):
         return Stage(path, shape[1] * shape[2], shape[3], channels_last=True)
     return None
+
+
+def _is_within_a_change(stage: Stage, seen: Mapping[str, Stage], module: nn.Module) -> bool:
+    """Whether a block around `stage` gives another resolution; a sequence of blocks does so without being one."""
+    parts = stage.path.split(".")
+    around = [".".join(parts[:length]) for length in range(1, len(parts))]
+    return any(
+        path in seen
+        and seen[path].positions != stage.positions
+        and not isinstance(module.get_submodule(path), nn.Sequential)
+        for path in around
+    )
 
 
 def _is_grid(grid: Sequence[int], size: tuple[int, int]) -> bool:

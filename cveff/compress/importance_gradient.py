@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cveff.compress.samples import Batches, evaluation, labels_of
+from cveff.compress.samples import Batches, evaluation, forget, labels_of
 from cveff.compress.units import device_of, parameters_of, per_index, per_unit, zero_scores
 from cveff.errors import StepError
 
@@ -99,7 +99,7 @@ def _gradients(
     generator = torch.Generator().manual_seed(seed)
     with evaluation(module), _trainable([parameters[name] for name in names]), torch.enable_grad():
         for images, targets in batches:
-            logits = module(images.to(device)).float()
+            logits = forget(module)(images.to(device)).float()
             labels = labels_of(targets)
             if labels is None:
                 probabilities = logits.detach().softmax(dim=1).cpu()

@@ -77,7 +77,17 @@ def evaluation(module: nn.Module) -> Iterator[nn.Module]:
     """`module` in evaluation mode; each part's own mode is put back."""
     modes = [(part, part.training) for part in module.modules()]
     try:
-        yield module.eval()
+        yield forget(module)
     finally:
+        forget(module)
         for part, training in modes:
             part.training = training
+
+
+def forget(module: nn.Module) -> nn.Module:
+    """Empty what attention layers (LeViT's, EfficientFormer's, TinyViT's) cache in evaluation mode; then that mode.
+
+    Their cached biases hold the graph of the pass that made them, and outlive the weights they came from.
+    Entering training mode is how these layers are told.
+    """
+    return module.train().eval()

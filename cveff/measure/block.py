@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 FUSED = ("", "relu", "relu6", "hardswish", "hardsigmoid", "sigmoid", "tanh", "leaky_relu")
 """Activations that ONNX Runtime computes inside its blocked convolution, without leaving that layout."""
@@ -35,7 +36,7 @@ class Block:
     op: str = ""
     dilation: tuple[int, ...] = ()
 
-    @property
+    @cached_property
     def key(self) -> str:
         """One line that names this block and no other, in the table's file."""
         parts = [f"{self.kind}:{self.op}" if self.op else self.kind, *map(_times, self.inputs)]

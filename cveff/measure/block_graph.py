@@ -72,10 +72,10 @@ class _Graph:
         self.constants: list[onnx.TensorProto] = []
         self._random = np.random.default_rng(0)
 
-    def add(self, op: str, inputs: list[str], outputs: int = 1, **attributes: object) -> str:
-        names = [f"v{len(self.nodes)}_{index}" for index in range(outputs)]
-        self.nodes.append(helper.make_node(op, inputs, names, **attributes))
-        return names[0]
+    def add(self, op: str, inputs: list[str], **attributes: object) -> str:
+        name = f"v{len(self.nodes)}"
+        self.nodes.append(helper.make_node(op, inputs, [name], **attributes))
+        return name
 
     def constant(self, value: np.ndarray) -> str:
         name = f"c{len(self.constants)}"
@@ -99,10 +99,8 @@ class _Graph:
             "relu6": [np.float32(0), np.float32(6)],
             "pow": [np.float32(2)],
         }.get(name, [])
-        attributes = {"alpha": 1 / 6, "beta": 0.5} if name == "hardsigmoid" else {}
-        return self.add(
-            UNARY[name], [value, *(self.constant(np.asarray(item)) for item in extra)], **attributes
-        )
+        slope: dict[str, object] = {"alpha": 1 / 6, "beta": 0.5} if name == "hardsigmoid" else {}
+        return self.add(UNARY[name], [value, *(self.constant(np.asarray(item)) for item in extra)], **slope)
 
 
 def _conv(graph: _Graph, block: Block, names: list[str]) -> str:
@@ -193,7 +191,9 @@ def _move(graph: _Graph, block: Block, names: list[str]) -> str:
     if op == "resize":
         scales = graph.constant(np.array([1, 1, 2, 2], np.float32))
         return graph.add("Resize", [names[0], "", scales], mode="nearest")
-    return graph.add("Concat", [names[0], names[0]], axis=block.channel_dim)
+    # Joined with one more channel: engines drop copies that change nothing.
+    one = tuple(1 if dim == block.channel_dim else size for dim, size in enumerate(block.inputs[0]))
+    return graph.add("Concat", [names[0], graph.weight(one)], axis=block.channel_dim)
 
 
 def _reorder(graph: _Graph, block: Block, names: list[str]) -> str:

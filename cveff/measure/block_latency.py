@@ -66,6 +66,9 @@ class BlockLatency:
         self._measure = measure
         self.path = self._table.path
         self.num_measured = 0
+        self._between: dict[
+            Block, float
+        ] = {}  # what was interpolated: a search asks for the same blocks again
 
     def milliseconds(
         self, blocks: Sequence[Block], *, interpolate: bool = False, progress: Progress | None = None
@@ -82,24 +85,28 @@ class BlockLatency:
             EngineError: the engine cannot run a block.
             CveffError: a block of an unknown kind, or the table cannot be written.
         """
-        corners = [_corners(block) if interpolate else [(block, 1.0)] for block in blocks]
         known = self._table.milliseconds
-        wanted = [
-            corner
-            for block, near in zip(blocks, corners, strict=True)
-            if block.key not in known
-            for corner, _ in near
-        ]
-        self._fill(wanted, progress or Silent())
-        return np.array(
-            [
-                known[block.key]
-                if block.key in known
-                else sum(share * known[corner.key] for corner, share in near)
-                for block, near in zip(blocks, corners, strict=True)
-            ],
-            dtype=float,
-        )
+        keys = [block.key for block in blocks]
+        unknown = [block for block, key in zip(blocks, keys, strict=True) if key not in known]
+        if interpolate:
+            self._interpolate(
+                [block for block in unknown if block not in self._between], progress or Silent()
+            )
+            return np.array(
+                [
+                    known[key] if key in known else self._between[block]
+                    for block, key in zip(blocks, keys, strict=True)
+                ]
+            )
+        self._fill(unknown, progress or Silent())
+        return np.array([known[key] for key in keys])
+
+    def _interpolate(self, blocks: Sequence[Block], progress: Progress) -> None:
+        corners = [_corners(block) for block in blocks]
+        self._fill([corner for near in corners for corner, _ in near], progress)
+        known = self._table.milliseconds
+        for block, near in zip(blocks, corners, strict=True):
+            self._between[block] = sum(share * known[corner.key] for corner, share in near)
 
     def _fill(self, blocks: Iterable[Block], progress: Progress) -> None:
         known = self._table.milliseconds

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -88,15 +91,16 @@ def _run_child(request: str, timeout_seconds: float, what: str) -> dict[str, Any
     root = str(Path(cveff.__file__).parent.parent)
     path = os.pathsep.join(part for part in (root, os.environ.get("PYTHONPATH", "")) if part)
     try:
-        done = subprocess.run(
-            [sys.executable, "-m", CHILD],
-            input=request,
-            capture_output=True,
-            text=True,
-            timeout=timeout_seconds,
-            check=False,
-            env={**os.environ, "PYTHONPATH": path},
-        )
+        with _no_handler_of_ended_children():
+            done = subprocess.run(
+                [sys.executable, "-m", CHILD],
+                input=request,
+                capture_output=True,
+                text=True,
+                timeout=timeout_seconds,
+                check=False,
+                env={**os.environ, "PYTHONPATH": path},
+            )
     except subprocess.TimeoutExpired:
         raise EngineError(
             f"{what}: a fresh process took longer than {timeout_seconds:g} s to open the file and predict; "
@@ -115,3 +119,24 @@ def _run_child(request: str, timeout_seconds: float, what: str) -> dict[str, Any
     except json.JSONDecodeError:
         raise EngineError(f"{what}: a fresh process ended well but gave no answer") from None
     return answer
+
+
+@contextmanager
+def _no_handler_of_ended_children() -> Iterator[None]:
+    """SIGCHLD at its default for the time of the block.
+
+    A `DataLoader` of the caller's leaves torch's handler behind. Once OpenVINO is loaded, a process can crash when that
+    handler runs as a child ends. Handlers can be changed in the main thread alone; in another one nothing is done.
+    """
+    number = getattr(signal, "SIGCHLD", None)  # Windows has none
+    is_main = threading.current_thread() is threading.main_thread()
+    # None: installed by other than Python, which Python cannot put back.
+    earlier = signal.getsignal(number) if number is not None and is_main else None
+    if number is None or earlier is None:
+        yield
+        return
+    signal.signal(number, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(number, earlier)

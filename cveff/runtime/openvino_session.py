@@ -1,8 +1,8 @@
 """OpenVINO IR (`.xml` beside `.bin`) and ONNX files on OpenVINO's CPU engine.
 
-OpenVINO runs a network compiled for one batch size 5 to 27% faster than the same network left open to any
-(MobileNetV4, ConvNeXt, ViT), and in int8 the two differ by 1% of the logits. So every call runs on networks
-compiled for a size, and an image gets the same logits in whatever batch it comes.
+OpenVINO runs a network compiled for one batch size faster than the same network left open to any, and in int8 the
+two answer a little differently (measured: "static_batch" in model_zoo/results/choices.json). So every call runs on
+networks compiled for a size, and an image gets the same logits in whatever batch it comes.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from cveff.compress.compensate import compensate
 from cveff.compress.groups import Group, Member
 from cveff.compress.trace import trace
 from cveff.errors import StepError
+from cveff.runtime.input_spec import InputSpec
 
 
 def dropped(size: int, *units: int) -> np.ndarray:
@@ -133,6 +134,38 @@ def test_on_real_images_the_error_is_smaller_than_without(
     assert all(after < before for before, after in found.errors.values())
     # These convolutions have no bias: only with a trace are the batch norms behind them found.
     assert any(name.endswith("running_mean") for name in found.state) == has_trace
+
+
+def test_a_linear_layer_behind_which_a_batch_norm_sees_tokens_as_rows() -> None:
+    """LeViT's projections: linear, flatten, batch norm. Their mean errors go into the norm."""
+
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 4, 1), nn.Linear(4, 5, bias=False)
+            self.bn = nn.BatchNorm1d(5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.second(self.first(x).flatten(2).transpose(1, 2))
+            return self.bn(x.flatten(0, 1)).reshape_as(x).mean(1)
+
+    module = Tokens().eval()
+    with torch.no_grad():
+        module.first.weight[2] = 0
+        module.first.bias[2] = 2.0
+    spec = InputSpec((4, 4), 3, (0.0,) * 3, (1.0,) * 3, "bilinear", 1.0)
+    group = Group(
+        "first",
+        4,
+        (Member("first.weight", 0, "out", np.arange(4)), Member("second.weight", 1, "in", np.arange(4))),
+        "",
+    )
+    pixels = [(torch.randn(8, 3, 4, 4), None)]
+    found = compensate(
+        module, [group], {"first": dropped(4, 2)}, pixels, damping=0.0, trace=trace(module, spec)
+    )
+    assert set(found.state) == {"second.weight", "bn.running_mean"}
+    assert difference(with_state(module, found.state), module, pixels) < 1e-10
 
 
 def test_the_network_is_left_as_it_was(convnet, images) -> None:

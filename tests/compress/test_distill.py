@@ -233,6 +233,12 @@ def test_stages_are_the_last_layers_of_each_resolution(architecture: str) -> Non
         assert stage.tokens(outputs[0]).shape == (2, stage.positions, stage.channels)
 
 
+def test_stages_are_outputs_of_blocks() -> None:
+    model = cveff.create("mobilenetv4_conv_small", num_classes=3, image_size=64)
+    found = {stage.positions: stage.path for stage in stages(model.module, (64, 64), 3)}
+    assert found == {1024: "bn1", 256: "blocks.0", 64: "blocks.1", 16: "blocks.2", 4: "blocks"}
+
+
 def test_teachers_that_do_not_fit_are_refused(digits: Data, teacher: Model) -> None:
     step = Distill(train=TRAIN)
     with pytest.raises(StepError, match="no teacher"):

@@ -284,6 +284,37 @@ def test_evaluation_puts_each_parts_mode_back() -> None:
     assert module[0].training and not module[1].training
 
 
+class Caching(nn.Module):
+    """Caches a function of a parameter in evaluation mode until told to train, as LeViT's attention does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor([1.0, 0.5, 0.25]))
+        self.last = nn.Conv2d(3, 4, 1)
+        self.cache: list[torch.Tensor] = []
+
+    def train(self, mode: bool = True) -> Caching:
+        if mode:
+            self.cache = []
+        return super().train(mode)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.cache:
+            self.cache = [self.scale.square()]
+        return self.last(x * self.cache[0][:, None, None]).mean((2, 3))
+
+
+@pytest.mark.parametrize("criterion", ["taylor", "hessian"])
+def test_cached_biases_neither_hide_gradients_nor_stay(images, criterion) -> None:
+    module = Caching().eval()
+    with torch.no_grad():
+        module(images[0][0])
+    batches = [(batch, targets.clamp_max(3)) for batch, targets in images]
+    group = Group("scale", 3, (Member("scale", 0, "scale", np.arange(3)),), "")
+    assert (score(module, [group], criterion, batches=batches)["scale"] > 0).all()
+    assert not module.cache  # its graph could be neither copied nor run backwards
+
+
 def test_samples_are_real_images_with_their_classes(digits_batches) -> None:
     pairs = digits_batches["train"]
     assert sum(len(batch) for batch, _ in pairs) == 128

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import sys
 from pathlib import Path
@@ -135,6 +136,22 @@ def test_quantizing_is_silent_and_leaves_the_loggers_alone(source, tmp_path, cap
         level,
         handlers,
     )
+
+
+def test_torchs_builder_of_extensions_does_not_warn_of_a_missing_device(
+    source, tmp_path, monkeypatch, caplog
+):
+    builder, quantize = logging.getLogger("torch.utils.cpp_extension"), nncf.quantize
+
+    def warns(*arguments, **settings):
+        builder.warning("No CUDA runtime is found")
+        return quantize(*arguments, **settings)
+
+    monkeypatch.setattr(nncf, "quantize", warns)
+    level = builder.level
+    quantize_openvino(source[0], tmp_path / "model.xml", source[1][:1])
+    assert not [record for record in caplog.records if record.name == builder.name]
+    assert builder.level == level
 
 
 def test_nothing_is_reported_over_the_network(source, tmp_path, monkeypatch):

@@ -71,7 +71,7 @@ def test_each_function_is_computed_alone_and_behind_a_convolution(activation: st
 @pytest.mark.parametrize("name", ["conv", "linear", "layer", "softmax"])
 def test_openvino_runs_them_too(name: str) -> None:
     pytest.importorskip("openvino")
-    assert 0 < measure_block("openvino", BLOCKS[name], 1) < 100
+    assert 0 <= measure_block("openvino", BLOCKS[name], 1) < 100
     assert measure_block("openvino", BLOCKS["reorder"], 1) == 0
 
 

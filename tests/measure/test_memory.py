@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -74,3 +75,24 @@ def test_every_way_to_die_is_told(
     monkeypatch.setattr(memory, "CHILD", "child_that_dies")
     with pytest.raises(EngineError, match=message):
         peak_memory("onnxruntime", "any.onnx", images, threads=1)
+
+
+def test_a_handler_of_ended_children_neither_runs_nor_is_lost(
+    graph_file: Callable[..., Path], images: np.ndarray
+) -> None:
+    """torch's, which a DataLoader leaves behind, can crash a process that has loaded OpenVINO."""
+    calls: list[int] = []
+
+    def handler(number: int, frame: object) -> None:
+        calls.append(number)
+
+    earlier = signal.signal(signal.SIGCHLD, handler)
+    try:
+        peak_memory("onnxruntime", graph_file(), images, threads=1)
+        assert signal.getsignal(signal.SIGCHLD) is handler
+        assert not calls
+        with pytest.raises(EngineError):
+            peak_memory("onnxruntime", "none.onnx", images, threads=1)
+        assert signal.getsignal(signal.SIGCHLD) is handler
+    finally:
+        signal.signal(signal.SIGCHLD, earlier)

@@ -8,7 +8,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,3 +112,18 @@ def _cell(value: object) -> str:
     if value is None:
         return "—"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+class Lines:
+    """A `Progress` that prints its messages, each with the time and what it is about."""
+
+    def __init__(self, subject: str) -> None:
+        self._subject = subject
+
+    def track(self, items: Iterable[Any], description: str, total: int | None = None) -> Iterator[Any]:
+        """Yield `items`."""
+        yield from items
+
+    def message(self, text: str) -> None:
+        """Print one line."""
+        console.print(f"{time.strftime('%H:%M:%S')} {self._subject}: {text}", highlight=False)

@@ -135,8 +135,12 @@ def one_model(name: str, arguments: argparse.Namespace) -> Iterator[Callable[[in
     gc.collect()
 
 
-def settled_model(name: str) -> Model:
-    """A model with random weights whose logits depend on the image: batch norms have seen photographs."""
+def settled_model(name: str, merge: bool = True) -> Model:
+    """A model with random weights whose logits depend on the image: batch norms have seen photographs.
+
+    Args:
+        merge: merge the branches of a re-parameterisable network.
+    """
     torch.manual_seed(0)
     model = cveff.create(name)
     norms = [m for m in model.module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
@@ -150,7 +154,7 @@ def settled_model(name: str) -> Model:
         for start in range(0, len(x) if norms else 0, 16):
             model.module(x[start : start + 16])
     model.module.eval()
-    return cveff.apply(model, Reparameterize()) if has_branches(model.module) else model
+    return cveff.apply(model, Reparameterize()) if merge and has_branches(model.module) else model
 
 
 def target(batch: int, threads: int) -> cveff.Target:

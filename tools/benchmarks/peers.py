@@ -48,9 +48,13 @@ def plain_export(module: nn.Module, spec: InputSpec, path: Path) -> Path:
 
 
 def onnxruntime_int8(
-    source: Path, destination: Path, calibration: np.ndarray, method: str = "MinMax"
+    source: Path, destination: Path, calibration: np.ndarray, method: str = "MinMax", arguments: bool = True
 ) -> Path:
-    """ONNX Runtime's `quant_pre_process` and `quantize_static`: Q/DQ, U8 activations, S8 weights per channel."""
+    """ONNX Runtime's `quant_pre_process` and `quantize_static`: Q/DQ, U8 activations, S8 weights per channel.
+
+    Args:
+        arguments: off, `quantize_static` is called without any: S8 activations, one weight scale a tensor.
+    """
     from onnxruntime.quantization import (
         CalibrationDataReader,
         CalibrationMethod,
@@ -68,18 +72,16 @@ def onnxruntime_int8(
             return next(self.items, None)
 
     prepared = destination.with_suffix(".prepared.onnx")
+    settings = {
+        "quant_format": QuantFormat.QDQ,
+        "per_channel": True,
+        "activation_type": QuantType.QUInt8,
+        "weight_type": QuantType.QInt8,
+        "calibrate_method": getattr(CalibrationMethod, method),
+    }
     with quiet():
         quant_pre_process(str(source), str(prepared), auto_merge=True)
-        quantize_static(
-            str(prepared),
-            str(destination),
-            Reader(),
-            quant_format=QuantFormat.QDQ,
-            per_channel=True,
-            activation_type=QuantType.QUInt8,
-            weight_type=QuantType.QInt8,
-            calibrate_method=getattr(CalibrationMethod, method),
-        )
+        quantize_static(str(prepared), str(destination), Reader(), **(settings if arguments else {}))
     prepared.unlink()
     return destination
 

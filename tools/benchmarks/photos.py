@@ -43,6 +43,18 @@ PHOTOGRAPHS = {
     "matplotlib/mpl-data/sample_data": ("grace_hopper.jpg",),
 }
 
+RECOGNISED = {
+    "skimage/data/chelsea.png": (281, 282, 283, 284, 285),  # domestic cats
+    "skimage/data/coffee.png": (504, 967, 968),  # coffee mug, espresso, cup
+    "skimage/data/camera.png": (759, 872),  # reflex camera, tripod
+    "skimage/data/rocket.jpg": (657, 744, 812),  # missile, projectile, space shuttle
+    "skimage/data/motorcycle_left.png": (665, 670),  # moped, motor scooter
+    "skimage/data/motorcycle_right.png": (665, 670),
+    "sklearn/datasets/images/china.jpg": (663, 698, 832),  # monastery, palace, stupa
+    "sklearn/datasets/images/flower.jpg": (985, 309),  # daisy, bee
+}
+"""Photographs, and the ImageNet classes a person would accept: from the pictures, not from a network's answers."""
+
 
 @dataclass(frozen=True)
 class Photo:
@@ -68,12 +80,7 @@ def photographs(foolbox_wheel: Path | None = None) -> list[Photo]:
     found = []
     for place, names in PHOTOGRAPHS.items():
         package, *rest = place.split("/")
-        spec = importlib.util.find_spec(package)
-        if spec is None or not spec.submodule_search_locations:
-            raise MissingDependencyError(
-                f"{package} carries photographs and is not installed; pip install 'cveff[dev]'"
-            )
-        folder = Path(spec.submodule_search_locations[0], *rest)
+        folder = _folder(package).joinpath(*rest)
         found += [
             Photo(name, re.sub(r"_(left|right)?\..*$|\..*$", "", name), decode(folder / name))
             for name in names
@@ -86,6 +93,16 @@ def photographs(foolbox_wheel: Path | None = None) -> list[Photo]:
                     image = decode(wheel.read(name))
                     found.append(Photo(match[1], match[1], image, int(match[2])))
     return found
+
+
+def recognised() -> tuple[list[Path], list[list[int]]]:
+    """The files of `RECOGNISED`, and the classes that are right for each.
+
+    Raises:
+        MissingDependencyError: a package that carries some of them is not installed.
+    """
+    paths = [_folder(name.split("/", 1)[0]) / name.split("/", 1)[1] for name in RECOGNISED]
+    return paths, [list(classes) for classes in RECOGNISED.values()]
 
 
 def split(photos: Sequence[Photo], seed: int) -> tuple[list[Photo], list[Photo]]:
@@ -126,3 +143,12 @@ def write_folder(images: Sequence[np.ndarray], folder: Path) -> Path:
     for index, image in enumerate(images):
         Image.fromarray(image).save(folder / f"{index:04d}.png")
     return folder
+
+
+def _folder(package: str) -> Path:
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise MissingDependencyError(
+            f"{package} carries photographs and is not installed; pip install 'cveff[dev]'"
+        )
+    return Path(spec.submodule_search_locations[0])
