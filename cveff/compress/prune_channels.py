@@ -96,7 +96,8 @@ def _follow_weights(owner: nn.Module) -> None:
     if isinstance(owner, nn.Linear):
         owner.out_features, owner.in_features = owner.weight.shape
     elif isinstance(owner, nn.modules.conv._ConvNd):
-        owner.out_channels, owner.in_channels = owner.weight.shape[0], owner.weight.shape[1] * owner.groups
+        first, second = owner.weight.shape[0], owner.weight.shape[1] * owner.groups
+        owner.out_channels, owner.in_channels = (second, first) if owner.transposed else (first, second)
     elif isinstance(owner, _NormBase):
         statistics = owner.running_mean if weight is None else weight
         owner.num_features = len(statistics) if statistics is not None else owner.num_features

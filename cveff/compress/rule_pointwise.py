@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from cveff.compress.operators import operator_name
 from cveff.compress.owners import (
     compact,
     has_owner,
@@ -25,8 +26,17 @@ if TYPE_CHECKING:
 def pointwise(ownership: Ownership, node: torch.fx.Node) -> torch.Tensor:
     """An operator on one value, or on several element by element."""
     shape = ownership.trace.shapes[node.name]
-    values = [ownership.value(item) for item in node.all_input_nodes]
+    values = [ownership.value(_unexpanded(ownership, item)) for item in node.all_input_nodes]
     return combine(ownership, values, shape, ownership.where(node))
+
+
+def _unexpanded(ownership: Ownership, item: torch.fx.Node) -> torch.fx.Node:
+    """Where `item` repeats a value that belongs to nobody (a norm over channels), that value: it broadcasts as well."""
+    if operator_name(item) in ("expand", "expand_as") and not has_owner(ownership.value(item)):
+        source = item.args[0]
+        if isinstance(source, torch.fx.Node) and source.name not in ownership.concrete:
+            return source
+    return item
 
 
 def combine(
@@ -63,7 +73,7 @@ def _combine_two(ownership: Ownership, first: torch.Tensor, second: torch.Tensor
         return first if is_made(ownership, first) else second  # a table that all channels share
     # Entries of a table (relative positions) go with the one channel they are added to.
     table = (only_first and not is_made(ownership, first)) or (only_second and not is_made(ownership, second))
-    if (only_first or only_second) and not table:
+    if (only_first or only_second) and not table and not (changing[0] & changing[1] and ownership.is_strict):
         if not ownership.is_strict:
             return first if len(changing[0]) >= len(changing[1]) else second
         # One value meets several channels of the other: it has to stay while they may go.

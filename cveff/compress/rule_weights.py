@@ -29,14 +29,34 @@ def convolve(ownership: Ownership, node: torch.fx.Node) -> torch.Tensor:
     shape = ownership.trace.shapes[weight.name]
     owners = ownership.value(node.args[0])  # type: ignore[arg-type]
     outputs = ownership.weight(path, 0, shape[0])
-    inputs = ownership.collapse(owners, 1, "") if set(varying(owners)) <= {1} else None
-    if ownership.is_strict and any(dim != 1 for dim in varying(owners)):
-        return ownership.unknown(node, "slides over channels")
+    changing = varying(owners)
+    inputs = None
+    if not changing or 1 in changing:
+        inputs = ownership.collapse(owners, 1, f"{ownership.where(node)} mixes it with constants")
+    elif ownership.is_strict:
+        is_batch = changing == [0]
+        return ownership.unknown(node, "is one for all heads" if is_batch else "slides over channels")
     if inputs is not None:
         if groups == 1:
             ownership.use(path, 1, inputs, "in")
         else:
             _group(ownership, node, path, inputs, outputs, groups, shape)
+    _bias(ownership, node, 2, outputs)
+    return channel(ownership.sets.find(outputs), 1, ownership.trace.shapes[node.name])
+
+
+def convolve_transposed(ownership: Ownership, node: torch.fx.Node) -> torch.Tensor:
+    """A transposed convolution, whose weight has its inputs first."""
+    weight: Any = node.args[1]
+    path = ownership.parameter(weight)
+    groups = node.args[6] if len(node.args) > 6 else node.kwargs.get("groups", 1)
+    owners = ownership.value(node.args[0])  # type: ignore[arg-type]
+    if path is None or groups != 1 or (varying(owners) and 1 not in varying(owners)):
+        return ownership.unknown(node, "has groups, a computed weight, or slides over channels")
+    outputs = ownership.weight(path, 1, ownership.trace.shapes[weight.name][1])
+    inputs = ownership.collapse(owners, 1, f"{ownership.where(node)} mixes it with constants")
+    if inputs is not None:
+        ownership.use(path, 0, inputs, "in")
     _bias(ownership, node, 2, outputs)
     return channel(ownership.sets.find(outputs), 1, ownership.trace.shapes[node.name])
 

@@ -13,7 +13,7 @@ from cveff.compress.rule_norms import batch_norm, group_norm, layer_norm, prelu
 from cveff.compress.rule_pointwise import create, glu, pointwise
 from cveff.compress.rule_products import attention, matmul
 from cveff.compress.rule_statistics import reduce, softmax, spatial
-from cveff.compress.rule_weights import addmm, convolve, linear
+from cveff.compress.rule_weights import addmm, convolve, convolve_transposed, linear
 
 if TYPE_CHECKING:
     from cveff.compress.ownership import Ownership
@@ -27,6 +27,7 @@ RULES: Mapping[str, Rule] = {
     **dict.fromkeys(REDUCTIONS, reduce),
     **dict.fromkeys(CREATIONS, create),
     **dict.fromkeys(["conv1d", "conv2d", "conv3d"], convolve),
+    **dict.fromkeys(["conv_transpose1d", "conv_transpose2d", "conv_transpose3d"], convolve_transposed),
     **dict.fromkeys(["batch_norm", "instance_norm"], batch_norm),
     **dict.fromkeys(["layer_norm", "rms_norm"], layer_norm),
     **dict.fromkeys(["matmul", "bmm", "mm"], matmul),

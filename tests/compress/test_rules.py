@@ -266,6 +266,32 @@ PRUNED: dict[str, tuple[Callable[[], nn.Module], dict[str, int]]] = {
         ),
         {"a": 8, "b": 6},
     ),
+    "a transposed convolution": (
+        lambda: Net(
+            lambda s, x: s.fc(mean(s.t(s.a(x)))), a=conv(3, 8), t=nn.ConvTranspose2d(8, 6, 2, 2), fc=fc(6)
+        ),
+        {"a": 8, "t": 6},
+    ),
+    "a depthwise convolution after pixel shuffle": (
+        lambda: Net(
+            lambda s, x: s.fc(mean(s.dw(F.pixel_shuffle(s.a(x), 2)))),
+            a=conv(3, 32), dw=conv(8, 8, 3, groups=8), fc=fc(8),
+        ),
+        {"a": 8},
+    ),
+    "a norm over channels": (
+        lambda: Net(lambda s, x: s.fc(F.normalize(mean(s.a(x)), dim=1)), a=conv(3, 8), fc=fc(8)),
+        {"a": 8},
+    ),
+    "selective kernels": (
+        lambda: Net(
+            lambda s, x: s.fc(
+                mean((torch.stack([s.a(x), s.b(x)], 1) * s.gate(x).mean((2, 3)).view(-1, 2, 8, 1, 1).softmax(1)).sum(1))
+            ),
+            **two(), gate=conv(3, 16),
+        ),
+        {"a": 8},
+    ),
     "a weight used as a matrix": (
         lambda: Net(
             lambda s, x: s.fc(mean(s.a(x)) @ s.matrix), a=conv(3, 8), matrix=nn.Parameter(torch.randn(8, 6)), fc=fc(6)
