@@ -109,6 +109,7 @@ def create(
     input: InputSpec | None = None,
     weights: str | Path | None = None,
     pretrained: bool = False,
+    timm_arguments: Mapping[str, Any] | None = None,
     **arguments: Any,
 ) -> Model:
     """Build a model by name.
@@ -125,6 +126,7 @@ def create(
             `weights_only=True`), loaded strictly.
         pretrained: let timm download its weights (needs a network).
         **arguments: passed to `timm.create_model` and kept in the spec; JSON values only.
+        timm_arguments: the same, for names that mean something else here (a ResNet's `channels`).
 
     Raises:
         UnknownModelError: no such architecture; the message lists close matches.
@@ -136,6 +138,7 @@ def create(
         num_classes = len(labels)
     if labels is not None and len(labels) != num_classes:
         raise CveffError(f"{len(labels)} labels were given for {num_classes} classes; give one a class")
+    arguments |= timm_arguments or {}
     if num_classes is not None:
         arguments["num_classes"] = num_classes
     if input is not None:

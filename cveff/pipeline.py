@@ -223,7 +223,7 @@ def create_for(settings: ModelSettings, data: Data, *, seed: int = 0) -> Model:
         channels=channels,
         weights=settings.weights,
         pretrained=settings.pretrained,
-        **settings.arguments,
+        timm_arguments=settings.arguments,
     )
     spec = model.spec.input
     if settings.weights is None and not settings.pretrained:

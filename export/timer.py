@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
+import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,7 +16,7 @@ import numpy as np
 from cveff.edits import edit_to_json
 from cveff.errors import CveffError, ExportError, TargetError
 from cveff.export.onnx import example_images, export
-from cveff.measure.latency import Latency, compare
+from cveff.measure.latency import Clock, Latency, compare
 from cveff.measure.threads import pinned_threads
 from cveff.model import Model
 from cveff.runtime.engines import ENGINES, open_file
@@ -38,12 +39,19 @@ class EngineTimer:
         batch: images a call.
     """
 
-    def __init__(self, target: Target, engine: str | None = None, seconds: float = SECONDS) -> None:
+    def __init__(
+        self,
+        target: Target,
+        engine: str | None = None,
+        seconds: float = SECONDS,
+        clock: Clock = time.perf_counter,
+    ) -> None:
         """
         Args:
             target: gives threads, the batch size (its first) and, through its first fp32 candidate, the engine.
             engine: another engine.
             seconds: time for the rounds of one comparison.
+            clock: seconds, as for `compare`.
 
         Raises:
             TargetError: the engine is unknown, or the target has no fp32 candidate and no engine is given.
@@ -57,7 +65,7 @@ class EngineTimer:
         if engine not in ENGINES:
             raise TargetError(f"engine {engine!r} is unknown; known: {', '.join(ENGINES)}")
         self.engine, self.threads, self.batch = engine, target.num_threads, target.batch_sizes[0]
-        self._seconds = seconds
+        self._seconds, self._clock = seconds, clock
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._files: dict[str, Path] = {}
         self._is_closed = False
@@ -92,7 +100,7 @@ class EngineTimer:
                 calls[name] = _OnOwnImages(session, example_images(self.batch, model))
                 _check_shape(calls[name](), model, self.batch)
             stand_in = np.zeros((self.batch, 1), np.uint8)
-            return compare(calls, stand_in, budget_seconds=self._seconds)
+            return compare(calls, stand_in, budget_seconds=self._seconds, clock=self._clock)
 
     def close(self) -> None:
         """Remove the exported files; closing twice is harmless."""

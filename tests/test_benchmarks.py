@@ -29,14 +29,20 @@ SCRIPTS = (
     "low_rank",
     "sparsity",
     "choices",
+    "prune_quality",
+    "latency_goals",
+    "compress_chain",
+    "latency_table",
+)
+HELPERS = (
+    "choices_onnxruntime",
+    "choices_openvino",
     "common",
+    "dense_models",
     "peers",
     "photos",
     "trained",
     "workshop",
-    "choices_onnxruntime",
-    "choices_openvino",
-    "prune_quality",
 )
 RESULTS = sorted((ROOT / "model_zoo" / "results").glob("*.json"))
 

@@ -192,3 +192,9 @@ def test_build_replays_edits_on_fresh_weights() -> None:
         k: v.shape for k, v in merged.module.state_dict().items()
     }
     assert replace(rebuilt.spec) == merged.spec
+
+
+def test_arguments_whose_names_mean_something_here_reach_timm() -> None:
+    model = cveff.create("resnet18", 10, channels=1, timm_arguments={"channels": [8, 16, 16, 24]})
+    assert model.spec.arguments["channels"] == [8, 16, 16, 24]
+    assert model.module.conv1.in_channels == 1 and model.module.fc.in_features == 24

@@ -148,6 +148,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "lite0_intervals": ("lite0", lite0_intervals),
     "startup": ("startup", startup),
     "export_table": ("export_table", choices_tables.export_table),
+    "prune_coverage": ("prune_coverage", choices_tables.prune_coverage),
     **{name: ("choices", make) for name, make in choices_tables.TABLES.items()},
 }
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-import itertools
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,15 +11,13 @@ import torch
 from torch import nn
 
 from cveff.compress.groups import Analysis, Group, find_groups
-from cveff.compress.oracle import zeroed
+from cveff.compress.own_calls import own_calls
 from cveff.compress.ownership import Attention, Ownership
+from cveff.compress.proof import Proof, Trial, awakened, check, light_copy
 from cveff.compress.trace import trace
-from cveff.measure.parity import relative_difference
-from cveff.runtime.errors import first_line
 from cveff.runtime.input_spec import InputSpec
 
-TOLERANCE = 1e-4
-"""Largest accepted max|pruned - zeroed| / max|zeroed| of the logits in float32."""
+__all__ = ["analyze", "check", "describe", "light_copy"]
 
 
 def analyze(module: nn.Module, spec: InputSpec, attention: Attention = "heads", seed: int = 0) -> Analysis:
@@ -31,118 +27,50 @@ def analyze(module: nn.Module, spec: InputSpec, attention: Attention = "heads", 
     those channels at zero. Groups that fail (code that holds a size in a way we do not see) are frozen and named.
 
     Args:
-        module: the network; left as it was.
+        module: the network; left as it was. The proof does not depend on its weights.
         attention: what one unit of attention is: a head, or one dimension of every head.
-        seed: of the channels and images the proof uses.
+        seed: of the channels, weights and images the proof uses.
 
     Raises:
         StepError: the network cannot be exported.
     """
-    ownership = Ownership(trace(module, spec), attention)
-    refused: dict[str, str] = {}
     random = np.random.default_rng(seed)
     like = next(module.parameters())
-    images = torch.from_numpy(random.standard_normal((1, spec.channels, *spec.size))).to(like)
-    analysis = find_groups(ownership)
-    for _ in range(2):  # two draws: sizes that fit by luck once will not fit again
-        while analysis.groups:
-            keep = {group.name: _draw(group.size, random) for group in analysis.groups}
-            analysis = repair(module, analysis, keep, images)
-            failing = _failing(analysis, module, keep, images)
+    images = torch.from_numpy(random.standard_normal((2, spec.channels, *spec.size))).to(like)
+    ownership = Ownership(trace(module, spec), attention)
+    probe = awakened(module, seed)
+    calls = own_calls(light_copy(probe), ownership.trace, images[:1])
+    refused: dict[str, str] = {}
+    proof = Proof(probe, replace(find_groups(ownership), own_calls=calls), images[:1])
+    # Two random draws, since sizes that fit by luck once will not fit again, one of them on a batch, which what was
+    # learned from one image must not fix; and halves, since groups of one size then stay of one size.
+    for batch, ratio in ((1, None), (2, None), (1, 0.5)):
+        proof.images = images[:batch]
+        while proof.analysis.groups:
+            keep = {group.name: _draw(group.size, random, ratio) for group in proof.analysis.groups}
+            proof.repair(keep)
+            failing = proof.failing(keep)
             if not failing:
                 break
-            if not _tie(ownership, analysis, failing):
+            if not _tie(ownership, proof.analysis, failing):
                 refused |= {name: trial.reason for name, trial in failing.items()}
-            analysis = replace(
-                find_groups(ownership, refused), flexible=analysis.flexible, unrelated=analysis.unrelated
+            proof.analysis = replace(
+                find_groups(ownership, refused),
+                own_calls=calls,
+                flexible=proof.analysis.flexible,
+                unrelated=proof.analysis.unrelated,
             )
-    return analysis
+    return proof.analysis
 
 
-def check(module: nn.Module, analysis: Analysis, keep: dict[str, np.ndarray], images: torch.Tensor) -> float:
-    """Relative difference between the pruned network and the dense one with those channels at zero.
-
-    Args:
-        module: the dense network; left as it was.
-        keep: group name -> bool (size,).
-        images: (N, C, H, W) float, normalised.
-
-    Returns:
-        max|pruned - zeroed| / max|zeroed| over the logits.
-    """
-    small = analysis.edit(keep, module).apply(light_copy(module)).eval()
-    with torch.no_grad():
-        logits = small(images)
-    return relative_difference(logits.cpu().numpy(), zeroed(analysis, keep, images).cpu().numpy())
-
-
-def light_copy(module: nn.Module) -> nn.Module:
-    """A copy that shares parameters and buffers: enough for edits, which replace tensors and never write to them."""
-    tensors = [*module.parameters(), *module.buffers()]
-    return copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
-
-
-@dataclass(frozen=True)
-class _Trial:
-    """What became of a cut: `reason` is empty where it holds, `module` the path of the code that refused it."""
-
-    reason: str = ""
-    module: str = ""
-
-
-def _try(
-    module: nn.Module,
-    analysis: Analysis,
-    keep: dict[str, np.ndarray],
-    images: torch.Tensor,
-    is_exact: bool = True,
-) -> _Trial:
-    small = analysis.edit(keep, module).apply(light_copy(module)).eval()
-    try:
-        with torch.no_grad():
-            logits = small(images)
-    except Exception as error:  # whatever the network's own code raises on the new sizes
-        reason = f"the network does not run without it: {first_line(error)[:200]}"
-        return _Trial(reason, _failing_module(small, error))
-    if is_exact:
-        difference = relative_difference(logits.cpu().numpy(), zeroed(analysis, keep, images).cpu().numpy())
-        if not difference <= TOLERANCE:
-            return _Trial(f"without it the network differs from the dense one by {difference:.1e}")
-    return _Trial()
-
-
-def _failing(
-    analysis: Analysis, module: nn.Module, keep: dict[str, np.ndarray], images: torch.Tensor
-) -> dict[str, _Trial]:
-    """Names of groups whose cut does not hold; halved until single groups are found."""
-    failing: dict[str, _Trial] = {}
-    pending: list[list[str]] = [list(keep)]
-    last = _Trial()
-    while pending:
-        names = pending.pop()
-        trial = _try(module, analysis, {name: keep[name] for name in names}, images)
-        if not trial.reason:
-            continue
-        last = trial
-        if len(names) == 1:
-            failing[names[0]] = trial
-        else:
-            middle = len(names) // 2
-            pending += [names[:middle], names[middle:]]
-    if last.reason and not failing:
-        # Each half holds alone but not together: give up the later half rather than guess.
-        return dict.fromkeys(list(keep)[len(keep) // 2 :], replace(last, module=""))
-    return failing
-
-
-def _draw(size: int, random: np.random.Generator) -> np.ndarray:
-    """A random third to four fifths of a group."""
+def _draw(size: int, random: np.random.Generator, ratio: float | None) -> np.ndarray:
+    """Random units of a group: `ratio` of it, or a third to four fifths."""
     mask = np.zeros(size, bool)
-    mask[random.permutation(size)[: max(1, round(size * random.uniform(0.33, 0.8)))]] = True
+    mask[random.permutation(size)[: max(1, round(size * (ratio or random.uniform(0.33, 0.8))))]] = True
     return mask
 
 
-def _tie(ownership: Ownership, analysis: Analysis, failing: dict[str, _Trial]) -> bool:
+def _tie(ownership: Ownership, analysis: Analysis, failing: dict[str, Trial]) -> bool:
     """Merge, unit by unit, groups that one module's code takes to be equally many; whether any were."""
     together: dict[tuple[str, int], list[Group]] = defaultdict(list)
     for group in analysis.groups:
@@ -160,47 +88,6 @@ def _atoms(ownership: Ownership, group: Group) -> np.ndarray:
     member = next(member for member in group.members if member.role == "out")
     _, first = np.unique(np.where(member.units < 0, group.size, member.units), return_index=True)
     found: np.ndarray = ownership.weights[(member.parameter, member.dim)][first[: group.size]]
-    return found
-
-
-def repair(
-    module: nn.Module, analysis: Analysis, keep: dict[str, np.ndarray], images: torch.Tensor
-) -> Analysis:
-    """Learn from what fails which modules need flexible reshapes, and which attributes are unrelated."""
-    while True:
-        failing = _try(module, analysis, keep, images, is_exact=False).module
-        if not failing:
-            return analysis
-        kind = type(module.get_submodule(failing))
-        same = frozenset(path for path, inner in module.named_modules() if type(inner) is kind)
-        options = (
-            [replace(analysis, flexible=analysis.flexible | same)] if failing not in analysis.flexible else []
-        )
-        held = sorted(analysis.edit(keep, module).attributes.get(failing, {}))
-        options += [
-            replace(analysis, unrelated=analysis.unrelated | {(failing, name) for name in names})
-            for count in (1, 2)
-            for names in itertools.combinations(held, count)
-        ]
-        found = next(
-            (item for item in options if _try(module, item, keep, images, is_exact=False).module != failing),
-            None,
-        )
-        if found is None:
-            return analysis
-        analysis = found
-
-
-def _failing_module(small: nn.Module, error: BaseException) -> str:
-    """Path of the innermost module whose code does not take the new sizes."""
-    names = {id(inner): name for name, inner in small.named_modules()}
-    found, frames = "", error.__traceback__
-    while frames is not None:
-        inner = names.get(id(frames.tb_frame.f_locals.get("self")))
-        # torch's own layers only take what they are given: the code that calls them is at fault.
-        if inner and not type(small.get_submodule(inner)).__module__.startswith("torch.nn"):
-            found = inner
-        frames = frames.tb_next
     return found
 
 

@@ -1,25 +1,109 @@
-"""Attention code that writes its input's width into a reshape, made to take the width that is there.
+"""Sizes that a module's own calls name, corrected while its own forward runs.
 
-`B, N, C = x.shape … x.reshape(B, N, C)` assumes that the heads together are as wide as the embedding, which pruning
-ends. A flexible module runs its own forward; only where the sizes it names cannot hold the tensor is the last one
-taken from the tensor.
+`B, N, C = x.shape … x.reshape(B, N, C)` assumes that the heads together are as wide as the embedding, and
+`scaled_dot_product_attention` that the width of a head is what scores are scaled by; pruning ends both. A flexible
+module runs its own code, and its n-th call gets the sizes (or the scale) that the edit holds for it. Everything the
+edit does not name stays as the code says, so batches and image sizes remain free.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-_RESHAPES = (torch.Tensor.reshape, torch.Tensor.view, torch.reshape)
+Named = Mapping[str, float]
+"""Position in the sizes (as text), or "scale" -> value."""
+
+FAMILIES: Mapping[Callable[..., Any], str] = {
+    torch.Tensor.reshape: "reshape",
+    torch.Tensor.view: "reshape",
+    torch.reshape: "reshape",
+    torch.Tensor.expand: "expand",
+    torch.Tensor.unflatten: "unflatten",
+    torch.unflatten: "unflatten",
+    torch.Tensor.split: "split",
+    torch.split: "split",
+    torch.nn.functional.scaled_dot_product_attention: "attention",
+}
+"""The calls that are counted and may be corrected."""
 
 
-class _LastSizeFollows(TorchFunctionMode):
-    """Reshapes whose sizes do not fit infer the last one."""
+def family(func: Callable[..., Any], args: Sequence[Any]) -> str:
+    """The family of a call; empty where it is not counted."""
+    found = FAMILIES.get(func, "")
+    is_cast = found == "reshape" and len(args) > 1 and isinstance(args[1], torch.dtype)
+    return "" if is_cast else found
+
+
+def named(kind: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, float]:
+    """What a call of the family `kind` names itself; sizes left to be inferred (-1) are not in it."""
+    if kind == "attention":
+        scale = kwargs.get("scale", args[6] if len(args) > 6 else None)
+        return {} if scale is None else {"scale": scale}
+    sizes = _sizes(kind, args, kwargs)
+    if sizes is None:
+        return {}
+    listed = [sizes] if isinstance(sizes, int) else list(sizes)
+    return {str(index): int(size) for index, size in enumerate(listed) if isinstance(size, int) and size >= 0}
+
+
+def corrected(
+    kind: str, args: Sequence[Any], kwargs: Mapping[str, Any], values: Named
+) -> tuple[list[Any], dict[str, Any]]:
+    """A call's arguments with `values` in place of what it names."""
+    arguments, options = list(args), dict(kwargs)
+    if kind == "attention":
+        del arguments[6:7]
+        return arguments, {**options, "scale": float(values["scale"])}
+    sizes = _sizes(kind, args, kwargs)
+    if isinstance(sizes, int):
+        new: Any = int(values["0"])
+    else:
+        new = list(sizes)
+        for index, value in values.items():
+            new[int(index)] = int(value)
+    name, position = _PLACES[kind]
+    keyword = next((key for key in name if key in options), None)
+    if keyword is not None:
+        options[keyword] = new
+    elif kind == "split" or kind == "unflatten":
+        arguments[position] = new
+    else:
+        arguments[position:] = [tuple(new)]
+    return arguments, options
+
+
+_PLACES: Mapping[str, tuple[tuple[str, ...], int]] = {
+    "reshape": (("shape", "size"), 1),
+    "expand": (("size",), 1),
+    "split": (("split_size", "split_size_or_sections"), 1),
+    "unflatten": (("sizes",), 2),
+}
+
+
+def _sizes(kind: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    names, position = _PLACES[kind]
+    for name in names:
+        if name in kwargs:
+            return kwargs[name]
+    if len(args) <= position:
+        return None
+    first = args[position]
+    if kind == "split" or isinstance(first, (list, tuple)):
+        return first
+    return list(args[position:])
+
+
+class _Corrected(TorchFunctionMode):
+    """Counts a module's calls, those of its children included, and corrects the ones that are named."""
+
+    def __init__(self, calls: Mapping[str, Named]) -> None:
+        super().__init__()
+        self._calls, self._number = calls, 0
 
     def __torch_function__(
         self,
@@ -28,35 +112,42 @@ class _LastSizeFollows(TorchFunctionMode):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        if func in _RESHAPES and len(args) > 1:
-            tensor, sizes = args[0], args[1:]
-            if len(sizes) == 1 and isinstance(sizes[0], (tuple, list, torch.Size)):
-                sizes = tuple(sizes[0])
-            if (
-                all(isinstance(size, int) and size > 0 for size in sizes)
-                and math.prod(sizes) != tensor.numel()
-            ):
-                return (
-                    func(tensor, *sizes[:-1], -1)
-                    if func is not torch.reshape
-                    else func(tensor, (*sizes[:-1], -1))
-                )
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        kind = family(func, args)
+        if kind:
+            values = self._calls.get(str(self._number))
+            self._number += 1
+            if values:
+                args, kwargs = corrected(kind, args, kwargs, values)
+        return func(*args, **kwargs)
 
 
 class Flexible:
     """Mixed into a module's class by `make_flexible`."""
 
+    flexible_calls: Mapping[str, Named]
+
     def forward(self, *arguments: Any, **options: Any) -> Any:
-        """The module's own forward, with reshapes that follow the tensor."""
-        with _LastSizeFollows():
+        """The module's own forward, with the calls the edit names corrected."""
+        with _Corrected(self.flexible_calls):
             return super().forward(*arguments, **options)  # type: ignore[misc]
 
 
-def make_flexible(module: nn.Module, path: str) -> nn.Module:
-    """Make one submodule of `module` flexible, in place; parameters and paths stay as they were."""
-    inner = module.get_submodule(path)
+def make_flexible(module: nn.Module, path: str, calls: Mapping[str, Named]) -> nn.Module:
+    """Correct the calls of one submodule of `module`, in place; parameters and paths stay as they were.
+
+    Args:
+        path: of the submodule; empty for `module` itself.
+        calls: number of the call in its forward, counted over the calls of `FAMILIES` -> what it gets.
+    """
+    inner: Any = module.get_submodule(path)
+    earlier = inner.flexible_calls if isinstance(inner, Flexible) else {}
     if not isinstance(inner, Flexible):
         kind = type(inner)
         inner.__class__ = type(f"Flexible{kind.__name__}", (Flexible, kind), {})
+    # Where a network is pruned again the later sizes count; calls that only the earlier edit names keep theirs.
+    numbers = {*earlier, *calls}
+    inner.flexible_calls = {
+        number: {**earlier.get(number, {}), **calls.get(number, {})} for number in numbers
+    }
     return module

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from torch import nn
 
 from cveff.compress.held_sizes import held_sizes
 from cveff.compress.layout import stays
+from cveff.compress.own_calls import Corrections, OwnCalls
 from cveff.compress.owners import along, canonical, varying
 from cveff.compress.ownership import Ownership, Role
 from cveff.compress.prune_channels import PruneChannels
@@ -74,7 +75,8 @@ class Analysis:
         normalizers: names of nodes that take statistics over channels: over those that stay, once some are gone.
         grouped: path of a grouped convolution's weight -> number of groups, where its groups are units.
         norm_groups: node name -> number of groups of a group norm.
-        flexible: paths of modules whose code writes its input's width into a reshape.
+        own_calls: which node a module's own call became; None before any network ran.
+        flexible: calls that name sizes which pruning changes.
         unrelated: (module path, attribute) pairs that only happen to hold the size of something that shrinks.
     """
 
@@ -86,7 +88,8 @@ class Analysis:
     normalizers: frozenset[str]
     grouped: Mapping[str, int]
     norm_groups: Mapping[str, int]
-    flexible: frozenset[str] = frozenset()
+    own_calls: OwnCalls | None = None
+    flexible: Corrections = field(default_factory=dict)
     unrelated: frozenset[tuple[str, str]] = frozenset()
 
     def masks(self, keep: Mapping[str, np.ndarray]) -> list[np.ndarray]:
@@ -145,7 +148,8 @@ class Analysis:
                 staying = stays(layout, masks)
                 if not staying.all():
                     slices.setdefault(path, {})[str(dim)] = np.flatnonzero(staying).tolist()
-        return PruneChannels(slices, held_sizes(self, masks, module), tuple(sorted(self.flexible)))
+        calls = self.own_calls.corrections(self.flexible, self.shapes(keep)) if self.own_calls else {}
+        return PruneChannels(slices, held_sizes(self, masks, module), calls)
 
 
 def find_groups(ownership: Ownership, refused: Mapping[str, str] | None = None) -> Analysis:
@@ -217,17 +221,17 @@ def _slices(ownership: Ownership) -> dict[tuple[str, int], np.ndarray]:
     found = {key: sets.find(owners) for key, owners in ownership.weights.items() if (owners != NONE).any()}
     for path, table in ownership.tables.items():
         owners = canonical(table, sets)
-        changing = varying(owners) or ([_single(owners)] if _single(owners) is not None else [])
-        if len(changing) == 1 and changing[0] is not None:
+        changing = varying(owners) or _single(owners)
+        if len(changing) == 1:
             found[(path, changing[0])] = along(owners, changing[0])
             ownership.roles.setdefault((path, changing[0]), "scale")
     return found
 
 
-def _single(owners: torch.Tensor) -> int | None:
-    """The dimension of a table that belongs to one unit as a whole and has one dimension above size 1."""
+def _single(owners: torch.Tensor) -> list[int]:
+    """The one dimension above size 1, where there is one, of a table that belongs to one unit as a whole."""
     wide = [dim for dim in range(owners.ndim) if owners.shape[dim] > 1]
-    return wide[0] if len(wide) == 1 else None
+    return wide if len(wide) == 1 else []
 
 
 def _makers(ownership: Ownership) -> list[tuple[str, int]]:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from cveff.compress.layout import stays
-from cveff.compress.ownership import operator_name
+from cveff.compress.operators import operator_name
 
 if TYPE_CHECKING:
     from cveff.compress.groups import Analysis
@@ -59,8 +59,11 @@ def held_sizes(
         layout = analysis.parameters.get(weight, {}).get(0)
         if layout is not None:
             left = int(stays(layout, masks).sum())
-            if left != len(layout):
-                found[weight.rpartition(".")[0]]["groups"] = left * groups // len(layout)
+            new, path = left * groups // len(layout), weight.rpartition(".")[0]
+            if new != groups and getattr(module.get_submodule(path), "groups", None) == groups:
+                found[path]["groups"] = new
+            elif new != groups:
+                sizes[path][groups].add(new)  # a blur's own code names them, or counts its input's channels
     for path in {*sizes, *lists}:
         owner = module.get_submodule(path)
         if not isinstance(owner, _TORCH):

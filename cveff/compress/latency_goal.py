@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -14,6 +15,7 @@ from cveff.compress.sizes import Sizes
 from cveff.compress.trace import Trace, trace
 from cveff.errors import StepError
 from cveff.measure.block_latency import BlockLatency
+from cveff.measure.threads import usable_cores
 from cveff.model import Model, with_module
 from cveff.progress import Progress
 from cveff.steps import ModelTimer
@@ -47,7 +49,12 @@ class LatencyGoal:
         self._model, self._reference, self._analysis, self._sizes = model, reference, analysis, sizes
         self._timer, self._progress = timer, progress
         self._milliseconds = float("nan")
-        self._predictor = LatencyModel.load(BlockLatency(timer.engine, timer.threads))
+        self._predictor = self.make_predictor(timer)
+
+    @staticmethod
+    def make_predictor(timer: ModelTimer) -> LatencyModel:
+        """What predicts candidates before they are measured: the blocks' table of the timer's engine and threads."""
+        return LatencyModel.load(BlockLatency(timer.engine, timer.threads))
 
     def reach(self, counts_for: Callable[[Cost, float], dict[str, int]], share: float) -> dict[str, int]:
         """Counts whose exported file takes at most `share` of the reference's time, and little less.
@@ -58,6 +65,11 @@ class LatencyGoal:
         Raises:
             StepError: the smallest network the settings allow is slower; the message says how fast it is.
         """
+        load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+        if load > usable_cores():
+            self._progress.message(
+                f"warning: {load:.0f} programs run on {usable_cores()} cores; latencies measured now may mislead"
+            )
         whole = self.predict(trace(self._reference.module, self._reference.spec.input))
         wanted, low, high = share * whole, 0.0, whole  # predicted milliseconds, and what brackets them
         best: tuple[float, dict[str, int]] | None = None
@@ -83,12 +95,15 @@ class LatencyGoal:
                 high = min(high, wanted)
             wanted = self._next(wanted * share * (1 - CLOSE / 3) / measured, low, high)
         if best is None:
-            least = min(tried.values())
-            raise StepError(
-                f"{share:.3g} of the model's latency cannot be reached by taking channels out: the least that was "
-                f"measured is {least:.3g} ({least * self._milliseconds:.3g} ms); lower min_fraction, allow "
-                "depth=True, or ask for less"
-            )
+            counts = counts_for(self._cost, 0.0)  # as small as it gets
+            least = min([self._measure(counts), *tried.values()])
+            if least > share * (1 + OVER):
+                raise StepError(
+                    f"{share:.3g} of the model's latency cannot be reached by taking channels out: the least is "
+                    f"{least:.3g} ({least * self._milliseconds:.3g} ms); lower min_fraction, allow depth=True, or "
+                    "ask for less"
+                )
+            best = (least, counts)
         return best[1]
 
     def _next(self, wanted: float, low: float, high: float) -> float:

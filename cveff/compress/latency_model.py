@@ -63,15 +63,23 @@ class LatencyModel:
         """(number of blocks,) milliseconds of each alone, not scaled."""
         return self.table.milliseconds(network, interpolate=interpolate)
 
-    def anchored(self, trace: Trace, milliseconds: float) -> LatencyModel:
+    def anchored(
+        self, trace: Trace, milliseconds: float, shapes: Mapping[str, tuple[int, ...]] | None = None
+    ) -> LatencyModel:
         """The same model, scaled so that it predicts exactly what was measured of this network.
+
+        A search that builds what it found, times it and anchors to it is right the second time.
+
+        Args:
+            milliseconds: measured on the exported network.
+            shapes: of its pruned version, if it was that.
 
         Raises:
             CveffError: `milliseconds` is not a positive number.
         """
         if not (math.isfinite(milliseconds) and milliseconds > 0):
             raise CveffError(f"milliseconds is {milliseconds!r}; give the positive time of a call")
-        factor = milliseconds / self.predict(trace)
+        factor = milliseconds / self.predict(trace, shapes)
         return replace(self, scale=self.scale * factor, per_block=self.per_block * factor)
 
     @classmethod

@@ -84,3 +84,10 @@ def pairs(first: torch.Tensor, second: torch.Tensor) -> tuple[np.ndarray, np.nda
         if first.shape[dim] > 1 and first.stride(dim) == 0 and second.stride(dim) == 0:
             first, second = first.narrow(dim, 0, 1), second.narrow(dim, 0, 1)
     return first.reshape(-1).numpy(), second.reshape(-1).numpy()
+
+
+def channel(owners: np.ndarray, dim: int, shape: tuple[int, ...]) -> torch.Tensor:
+    """A value of `shape` whose owners are given along `dim`."""
+    view = [1] * len(shape)
+    view[dim] = len(owners)
+    return torch.from_numpy(owners.copy()).reshape(view).expand(shape)

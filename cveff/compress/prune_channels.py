@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from cveff.compress.caches import caches
 from cveff.compress.flexible import make_flexible
 from cveff.errors import CheckpointError
 
@@ -21,12 +22,13 @@ class PruneChannels:
     Attributes:
         keep: path of a parameter or buffer -> dimension (as text) -> indices that stay, ascending.
         attributes: path of a module -> attribute -> value, for sizes that its code holds (`num_heads`, `groups`).
-        flexible: paths of modules whose reshapes must follow their tensors; see `flexible.py`.
+        flexible: path of a module -> number of a call in its forward (as text) -> what that call gets instead of
+            what the code says; see `flexible.py`.
     """
 
     keep: Mapping[str, Mapping[str, Sequence[int]]]
     attributes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    flexible: Sequence[str] = ()
+    flexible: Mapping[str, Mapping[str, Mapping[str, float]]] = field(default_factory=dict)
 
     kind: ClassVar[str] = "prune_channels"
 
@@ -37,6 +39,8 @@ class PruneChannels:
             CheckpointError: a path does not exist, or an index is out of range: the edit was made for another
                 network.
         """
+        for cache in caches(module):
+            cache.clear()
         touched: dict[str, nn.Module] = {}
         for path, dims in self.keep.items():
             owner_path, _, name = path.rpartition(".")
@@ -54,9 +58,9 @@ class PruneChannels:
                 setattr(owner, name, tuple(value) if isinstance(value, list) else value)
         for owner in touched.values():
             _follow_weights(owner)
-        for path in self.flexible:
+        for path, calls in self.flexible.items():
             _submodule(module, path, path)
-            make_flexible(module, path)
+            make_flexible(module, path, calls)
         return module
 
 
@@ -92,17 +96,14 @@ def _follow_weights(owner: nn.Module) -> None:
     if isinstance(owner, nn.Linear):
         owner.out_features, owner.in_features = owner.weight.shape
     elif isinstance(owner, nn.modules.conv._ConvNd):
-        owner.out_channels, owner.in_channels = owner.weight.shape[0], owner.weight.shape[1] * owner.groups
+        first, second = owner.weight.shape[0], owner.weight.shape[1] * owner.groups
+        owner.out_channels, owner.in_channels = (second, first) if owner.transposed else (first, second)
     elif isinstance(owner, _NormBase):
         statistics = owner.running_mean if weight is None else weight
         owner.num_features = len(statistics) if statistics is not None else owner.num_features
-    elif (isinstance(owner, nn.LayerNorm) and isinstance(weight, torch.Tensor)) or (
-        isinstance(owner, nn.RMSNorm) and isinstance(weight, torch.Tensor)
-    ):
-        owner.normalized_shape = tuple(weight.shape)
     elif isinstance(owner, nn.GroupNorm) and isinstance(weight, torch.Tensor):
         owner.num_channels = len(weight)
     elif isinstance(owner, nn.PReLU):
         owner.num_parameters = len(owner.weight)
     elif isinstance(weight, torch.Tensor) and isinstance(getattr(owner, "normalized_shape", None), tuple):
-        owner.normalized_shape = tuple(weight.shape)  # other libraries' layer norms
+        vars(owner)["normalized_shape"] = tuple(weight.shape)  # layer norms, torch's and others'

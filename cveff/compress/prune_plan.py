@@ -1,4 +1,4 @@
-"""How `Prune` gets from a goal to masks: score units, learn what each group costs, allocate, check on the device."""
+"""How `Prune` gets from a goal to masks: score units, learn what groups cost, allocate, check on the device."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from cveff.compress.drop_blocks import DropBlocks
 from cveff.compress.groups import Analysis
 from cveff.compress.importance import score
 from cveff.compress.latency_goal import LatencyGoal
-from cveff.compress.latency_model import LatencyModel
 from cveff.compress.samples import Batches, samples
 from cveff.compress.scopes import keep_best, select
 from cveff.compress.sensitivity import Cost, Curve, measured_curves, summed_curves
@@ -25,7 +24,6 @@ from cveff.compress.sizes import Sizes
 from cveff.compress.trace import Trace, trace
 from cveff.edits import Edit
 from cveff.errors import StepError
-from cveff.measure.block_latency import BlockLatency
 from cveff.model import Model, with_module
 from cveff.steps import Run
 
@@ -202,7 +200,7 @@ def _drop(
     sizes = Sizes(analysis)
     if settings.goal in ("latency", "latency_ms"):
         assert run.timer is not None
-        predictor = LatencyModel.load(BlockLatency(run.timer.engine, run.timer.threads))
+        predictor = LatencyGoal.make_predictor(run.timer)
         of_trace: Callable[[Trace], float] = predictor.predict
         cost: Cost = lambda counts: predictor.predict(analysis.trace, sizes.shapes(counts))  # noqa: E731
         whole = of_trace(trace(reference.module, reference.spec.input))

@@ -73,7 +73,8 @@ def measured_curves(
 ) -> dict[str, Curve]:
     """Prune each group alone and see how far the network's answers move: mean KL(dense ‖ pruned) over images.
 
-    Batch norms are re-estimated before, as they are when a cut is carried out. Yang et al., "NetAdapt" (ECCV 2018), measure every layer's effect the same way; we do it once, not every round.
+    Batch norms are re-estimated first, as they are when a cut is carried out. NetAdapt (Yang et al., ECCV 2018)
+    measures every layer's effect the same way; we do it once, not every round.
 
     Args:
         batches: images; as many of them are used as `seconds` allow, at least one batch.

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.export.graph_signature import InputKind
 
+from cveff.compress.regions import inline_regions
 from cveff.errors import StepError
 from cveff.runtime.errors import first_line
 from cveff.runtime.input_spec import InputSpec
@@ -58,6 +59,7 @@ def trace(module: nn.Module, spec: InputSpec) -> Trace:
         raise StepError(f"{type(module).__name__} cannot be exported: {first_line(error)}") from error
     finally:
         module.train(training)
+    inline_regions(program.graph_module)
     parameters, constants = {}, {}
     for item in program.graph_signature.input_specs:
         name = item.arg.name
@@ -76,5 +78,6 @@ def trace(module: nn.Module, spec: InputSpec) -> Trace:
         if isinstance(value, torch.Tensor):
             shapes[node.name] = tuple(int(size) for size in value.shape)
         stack = list((node.meta.get("nn_module_stack") or {}).values())
-        modules[node.name] = str(stack[-1][0]) if stack else ""
+        # A module that runs again has a mark behind its path.
+        modules[node.name] = str(stack[-1][0]).partition("@")[0] if stack else ""
     return Trace(program, parameters, constants, shapes, modules)

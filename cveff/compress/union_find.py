@@ -83,3 +83,13 @@ class UnionFind:
     def version(self) -> int:
         """Changes whenever sets merge or freeze."""
         return int((self._parent != np.arange(len(self._parent))).sum()) * 2 + int((self._frozen > 0).sum())
+
+
+def count_merged(table: np.ndarray) -> int:
+    """How many sets are left once everything in a column of `table`, (rows, columns) int64, is merged."""
+    atoms, compact = np.unique(table, return_inverse=True)
+    compact = compact.reshape(table.shape)
+    real = (table[1:] != NONE) & (table[:1] != NONE)
+    first = np.broadcast_to(compact[:1], compact[1:].shape)[real]
+    graph = coo_matrix((np.ones(len(first)), (first, compact[1:][real])), shape=(len(atoms), len(atoms)))
+    return int(connected_components(graph, directed=False)[0]) - int((atoms == NONE).any())

@@ -100,6 +100,8 @@ def test_fewer_channels_are_predicted_faster_without_building(table: BlockLatenc
         keep = {group.name: np.arange(group.size) < group.size * share for group in analysis.groups}
         times.append(model.predict(analysis.trace, analysis.shapes(keep)))
     assert times == sorted(times, reverse=True)
+    shapes = analysis.shapes(keep)
+    assert model.anchored(analysis.trace, 7.0, shapes).predict(analysis.trace, shapes) == pytest.approx(7.0)
     measured = table.num_measured
     assert model.predict(analysis.trace, analysis.shapes(keep)) == times[-1]
     assert table.num_measured == measured

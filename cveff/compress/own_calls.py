@@ -1,0 +1,260 @@
+"""Which of a module's calls names sizes that pruning changes, found by watching it run.
+
+Every call a module makes is matched with the operator of the exported graph it became, whose size after pruning is
+known. What the pruned network's code then asks for instead is a correction that the edit has to hold
+(`flexible.py`).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from cveff.compress.flexible import corrected, family, named
+from cveff.compress.operators import operator_name
+from cveff.compress.trace import Trace
+
+Corrections = Mapping[str, Mapping[int, frozenset[str]]]
+"""Path of a module -> number of a call -> what has to be corrected in it."""
+
+_NODES: Mapping[str, frozenset[str]] = {
+    "reshape": frozenset(["reshape", "view"]),
+    "expand": frozenset(["expand"]),
+    "unflatten": frozenset(["unflatten"]),
+    "split": frozenset(["split", "split_with_sizes"]),
+    "attention": frozenset(["scaled_dot_product_attention"]),
+}
+_Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """A call: the innermost module that made it, its number there, its family and its result's shapes."""
+
+    path: str
+    number: int
+    kind: str
+    shapes: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class OwnCalls:
+    """Calls of a network's modules, and the nodes they became.
+
+    Attributes:
+        nodes: (path, number) -> the node, one for each time the module runs.
+        trace: the graph.
+    """
+
+    trace: Trace
+    nodes: Mapping[tuple[str, int], tuple[torch.fx.Node, ...]]
+
+    def expected(self, path: str, number: int, shapes: _Shapes) -> dict[str, float]:
+        """What a call has to name once values have `shapes`; nothing where that is not known or not one answer.
+
+        Args:
+            shapes: node name -> shape after pruning.
+        """
+        answers = [_expected(self.trace, node, shapes) for node in self.nodes.get((path, number), ())]
+        return answers[0] if answers and all(answer == answers[0] for answer in answers) else {}
+
+    def corrections(self, found: Corrections, shapes: _Shapes) -> dict[str, dict[str, dict[str, float]]]:
+        """The edit's corrections: path -> number (as text) -> position or "scale" -> value."""
+        result: dict[str, dict[str, dict[str, float]]] = defaultdict(dict)
+        for path, numbers in found.items():
+            for number, keys in numbers.items():
+                expected = self.expected(path, number, shapes)
+                values = {key: expected[key] for key in sorted(keys) if key in expected}
+                if values:
+                    result[path][str(number)] = values
+        return dict(result)
+
+    def watch(
+        self, module: nn.Module, images: torch.Tensor, shapes: _Shapes
+    ) -> tuple[Any, dict[str, dict[int, frozenset[str]]]]:
+        """Run a pruned network and correct its calls as it goes.
+
+        Args:
+            module: the pruned network.
+            images: one image, (1, C, H, W) float.
+            shapes: node name -> shape that its value has to have.
+
+        Returns:
+            the network's output, and what had to be corrected; (the exception, …) where it does not run.
+        """
+        found: dict[str, dict[int, frozenset[str]]] = defaultdict(dict)
+
+        def correct(
+            path: str, number: int, kind: str, args: Sequence[Any], kwargs: Mapping[str, Any]
+        ) -> tuple[Sequence[Any], Mapping[str, Any]]:
+            expected = self.expected(path, number, shapes)
+            asked = named(kind, args, kwargs)
+            if kind == "attention":
+                wrong = expected if not asked else {}
+            else:
+                wrong = {key: expected[key] for key, size in asked.items() if size != expected.get(key, size)}
+            if not wrong:
+                return args, kwargs
+            found[path][number] = frozenset(wrong)
+            return corrected(kind, args, kwargs, wrong)
+
+        try:
+            with torch.no_grad(), _watching(module, correct):
+                return module(images), dict(found)
+        except Exception as error:  # noqa: BLE001 - whatever the network's own code raises on the new sizes
+            return error, dict(found)
+
+
+def own_calls(module: nn.Module, trace: Trace, images: torch.Tensor) -> OwnCalls:
+    """Match the calls of a network's modules with the nodes they became.
+
+    Args:
+        module: the traced network, or a copy; it gets hooks and loses them again.
+        images: one image, (1, C, H, W) float.
+    """
+    seen: dict[str, list[_Seen]] = defaultdict(list)
+
+    def note(path: str, number: int, kind: str, result: Any) -> None:
+        parts = result if isinstance(result, (tuple, list)) else (result,)
+        seen[path].append(_Seen(path, number, kind, tuple(tuple(part.shape) for part in parts)))
+
+    with torch.no_grad(), _watching(module, after=note):
+        module(images)
+    nodes: dict[str, list[tuple[torch.fx.Node, str]]] = defaultdict(list)
+    for node in trace.nodes:
+        kind = next((kind for kind, names in _NODES.items() if operator_name(node) in names), "")
+        if node.op == "call_function" and kind:
+            nodes[trace.modules[node.name]].append((node, kind))
+    matched: dict[tuple[str, int], tuple[torch.fx.Node, ...]] = defaultdict(tuple)
+    for path, calls in seen.items():
+        for call, node in _common(calls, nodes.get(path, []), trace):
+            matched[(path, call.number)] += (node,)
+    return OwnCalls(trace, dict(matched))
+
+
+def merged(first: Corrections, second: Corrections) -> dict[str, dict[int, frozenset[str]]]:
+    """Both corrections together."""
+    result = {path: dict(numbers) for path, numbers in first.items()}
+    for path, numbers in second.items():
+        for number, keys in numbers.items():
+            calls = result.setdefault(path, {})
+            calls[number] = calls.get(number, frozenset()) | keys
+    return result
+
+
+def _shapes_of(trace: Trace, node: torch.fx.Node) -> tuple[tuple[int, ...], ...]:
+    value = node.meta.get("val")
+    parts = value if isinstance(value, (tuple, list)) else (value,)
+    return tuple(tuple(int(size) for size in part.shape) for part in parts)
+
+
+def _common(
+    calls: Sequence[_Seen], nodes: Sequence[tuple[torch.fx.Node, str]], trace: Trace
+) -> Iterator[tuple[_Seen, torch.fx.Node]]:
+    """The longest common subsequence: calls may have been optimised away, and operators come from elsewhere."""
+    left = [(call.kind, call.shapes) for call in calls]
+    right = [(kind, _shapes_of(trace, node)) for node, kind in nodes]
+    best = [[0] * (len(right) + 1) for _ in range(len(left) + 1)]
+    for i in reversed(range(len(left))):
+        for j in reversed(range(len(right))):
+            best[i][j] = (
+                best[i + 1][j + 1] + 1 if left[i] == right[j] else max(best[i + 1][j], best[i][j + 1])
+            )
+    i = j = 0
+    while i < len(left) and j < len(right):
+        if left[i] == right[j]:
+            yield calls[i], nodes[j][0]
+            i, j = i + 1, j + 1
+        elif best[i + 1][j] >= best[i][j + 1]:
+            i += 1
+        else:
+            j += 1
+
+
+def _expected(trace: Trace, node: torch.fx.Node, shapes: _Shapes) -> dict[str, float]:
+    name = operator_name(node)
+    if name == "scaled_dot_product_attention":
+        query: Any = node.args[0]
+        before, after = trace.shapes[query.name][-1], shapes[query.name][-1]
+        return {"scale": before**-0.5} if before != after and node.kwargs.get("scale") is None else {}
+    if name in ("split", "split_with_sizes"):
+        sizes = node.args[1]
+        dim = node.kwargs.get("dim", node.args[2] if len(node.args) > 2 else 0)
+        parts = {int(user.args[1]): shapes[user.name][int(dim)] for user in node.users}  # type: ignore[arg-type]
+        if isinstance(sizes, (list, tuple)):
+            return {str(index): size for index, size in parts.items()}
+        return {"0": parts[0]} if 0 in parts else {}
+    if name == "unflatten":
+        dim, sizes = int(node.args[1]), node.args[2]  # type: ignore[arg-type]
+        dim %= len(trace.shapes[node.name]) - len(sizes) + 1  # type: ignore[arg-type]
+        return {str(index): shapes[node.name][dim + index] for index in range(len(sizes))}  # type: ignore[arg-type]
+    return {str(index): size for index, size in enumerate(shapes[node.name])}
+
+
+_Before = Callable[[str, int, str, Sequence[Any], Mapping[str, Any]], tuple[Sequence[Any], Mapping[str, Any]]]
+_After = Callable[[str, int, str, Any], None]
+
+
+@dataclass
+class _Frame:
+    """A running module and how many calls it has made."""
+
+    path: str
+    number: int = 0
+
+
+class _Watching(TorchFunctionMode):
+    def __init__(self, running: list[_Frame], before: _Before | None, after: _After | None) -> None:
+        super().__init__()
+        self._running, self._before, self._after = running, before, after
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        kind = family(func, args)
+        if not kind or not self._running:
+            return func(*args, **kwargs)
+        path, number = self._running[-1].path, self._running[-1].number
+        for frame in self._running:  # a module's calls are counted with its children's
+            frame.number += 1
+        if self._before is not None:
+            args, kwargs = self._before(path, number, kind, args, kwargs)
+        result = func(*args, **kwargs)
+        if self._after is not None:
+            self._after(path, number, kind, result)
+        return result
+
+
+@contextmanager
+def _watching(
+    module: nn.Module, before: _Before | None = None, after: _After | None = None
+) -> Iterator[None]:
+    running: list[_Frame] = []  # the innermost last
+    handles = []
+    for path, inner in module.named_modules():
+
+        def enter(_: nn.Module, __: Any, path: str = path) -> None:
+            running.append(_Frame(path))
+
+        def leave(_: nn.Module, __: Any, ___: Any) -> None:
+            running.pop()
+
+        handles += [inner.register_forward_pre_hook(enter), inner.register_forward_hook(leave)]
+    try:
+        with _Watching(running, before, after):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
