@@ -51,7 +51,7 @@ class Distill:
             et al., arXiv:2106.05237).
         alpha: weight of the imitation, 0 to 1; by default 0.5, and 1 for function matching. 0 is plain fine-tuning.
         temperature: T of "logits", "dist" and "function-matching".
-        teacher: a saved model's or a run's folder, or a timm model's name; by default the run's teacher, which after any
+        teacher: a saved model's or a run's folder, or a timm name; by default the run's teacher, which after any
             compression is the dense parent.
         teacher_weights: a state dict for a timm teacher, trained on the student's classes; by default timm
             downloads its own.
