@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import cast
@@ -18,7 +18,7 @@ from cveff.errors import StepError
 from cveff.log import Log, NoLog
 from cveff.model import Model, with_module
 from cveff.progress import Progress, Silent
-from cveff.steps import ModelTimer, Run, Step
+from cveff.steps import ChecksRun, ModelTimer, Run, Step
 from cveff.target import Target, load_target
 
 
@@ -55,45 +55,33 @@ def apply(
             step starts).
     """
     sequence = cast("list[Step | Edit]", list(steps) if isinstance(steps, (list, tuple)) else [steps])
-    teacher = model if teacher is None else teacher
-    given = {
-        "data": data,
-        "target": target,
-        "teacher": teacher,
-        "folder": folder,
-        "timer": target if timer is None else timer,
-    }
     for step in sequence:
         if isinstance(step, type) or not isinstance(step, (Step, Edit)):
             raise StepError(
                 f"{step!r} is neither a step nor an edit; give an instance such as Prune(ratio=0.5)"
             )
-        for name in getattr(step, "requires", ()):
-            if given.get(name) is None:
-                name = "target" if name == "timer" else name
-                raise StepError(f"{type(step).__name__} needs {name}; pass {name}=… to cveff.apply")
-    if data is not None and not isinstance(data, Data):
-        from cveff.data import load as load_data
-
-        data = load_data(data, seed=seed)
     target = None if target is None else load_target(target)
+    run = Run(
+        target=target,
+        device=torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")),
+        seed=seed,
+        progress=progress or Silent(),
+        log=log or NoLog(),
+        teacher=model if teacher is None else teacher,
+        folder=None if folder is None else Path(folder),
+        resume=resume,
+        timer=timer,
+    )
     with ExitStack() as stack:
-        if timer is None and target is not None:
-            from cveff.export.timer import EngineTimer
+        if run.timer is None and target is not None:
+            run.timer = stack.enter_context(timer_of(target))  # exports nothing until a step asks
+        if data is not None and not isinstance(data, Data):
+            from cveff.data import load as load_data
 
-            timer = stack.enter_context(EngineTimer(target))  # exports nothing until a step asks
-        run = Run(
-            data=data,
-            target=target,
-            device=torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")),
-            seed=seed,
-            progress=progress or Silent(),
-            log=log or NoLog(),
-            teacher=teacher,
-            folder=None if folder is None else Path(folder),
-            resume=resume,
-            timer=timer,
-        )
+            _check_required(sequence, run, has_data=True)  # before what may take long
+            data = load_data(data, seed=seed)
+        run.data = data
+        check_steps(sequence, run)
         model = Model(model.spec, copy.deepcopy(model.module))
         for step in sequence:
             model = (
@@ -102,6 +90,53 @@ def apply(
                 else with_module(model, step.apply(model.module), step)
             )
     return model
+
+
+def check_steps(steps: Sequence[Step | Edit], run: Run) -> None:
+    """Refuse what some step could not be done with, before any starts.
+
+    Raises:
+        StepError: a step lacks what it `requires`, or its `check_run` refuses.
+    """
+    _check_required(steps, run, has_data=run.data is not None)
+    for step in steps:
+        for part in (step, getattr(step, "recover", None)):
+            if isinstance(part, ChecksRun):
+                part.check_run(run)
+
+
+def needs_timer(step: Step | Edit) -> bool:
+    """Whether a step measures milliseconds, and so needs a target."""
+    goals = (getattr(step, name, None) for name in ("latency", "latency_ms"))
+    return not {"target", "timer"}.isdisjoint(getattr(step, "requires", ())) or any(
+        goal is not None for goal in goals
+    )
+
+
+@contextmanager
+def timer_of(target: Target) -> Iterator[ModelTimer | None]:
+    """What times models for `target`, until the block ends; None where the target has no float32 candidate."""
+    if all(precision != "fp32" for _, precision in target.candidates):
+        yield None
+        return
+    from cveff.export.timer import EngineTimer
+
+    with EngineTimer(target) as timer:
+        yield timer
+
+
+def _check_required(steps: Sequence[Step | Edit], run: Run, has_data: bool) -> None:
+    for step in steps:
+        for name in getattr(step, "requires", ()):
+            if getattr(run, name) is not None or (name == "data" and has_data):
+                continue
+            if name == "timer" and run.target is not None:
+                raise StepError(
+                    f"{type(step).__name__} times models, and target {run.target.name!r} has no fp32 candidate to "
+                    "time them on; add one"
+                )
+            name = "target" if name == "timer" else name
+            raise StepError(f"{type(step).__name__} needs {name}; pass {name}=… to cveff.apply")
 
 
 class _Verb(ModuleType):

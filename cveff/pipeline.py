@@ -6,26 +6,28 @@ a run that was killed continues from the last one.
 
 from __future__ import annotations
 
-import json
 import math
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cveff.apply import apply
+from cveff.apply import apply, check_steps, timer_of
 from cveff.data import Data, channel_statistics
 from cveff.data import load as load_data
-from cveff.errors import CheckpointError, DataError, RecipeError
-from cveff.files import write_json
+from cveff.data.dataset import Split
+from cveff.effects import START, Effect, Effects
+from cveff.errors import DataError, RecipeError
 from cveff.log import FileLog
 from cveff.measure.accuracy import predict, top1
 from cveff.measure.predictor import torch_predictor
 from cveff.model import Model, create, load, save
 from cveff.progress import Progress, Silent
-from cveff.recipe import ModelSettings, Recipe, parse_recipe
-from cveff.steps import Step
+from cveff.recipe import ModelSettings, Recipe
+from cveff.run_folder import check_folder, open_folder, read_json
+from cveff.steps import Run, Step
+from cveff.subject import open_model
 from cveff.target import load_target
 from cveff.train import Train
 
@@ -48,6 +50,7 @@ class PipelineResult:
         accuracy: share of the evaluation split that the saved model gets right, in [0, 1].
         split, count: name of that split, and its images.
         num_parameters: of the saved model.
+        effects: what each phase did, for a recipe with steps.
         deployment: the bundle, where the recipe deploys.
     """
 
@@ -57,6 +60,7 @@ class PipelineResult:
     split: str
     count: int
     num_parameters: int
+    effects: tuple[Effect, ...] = ()
     deployment: Deployment | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -68,6 +72,7 @@ class PipelineResult:
             "split": self.split,
             "count": self.count,
             "num_parameters": self.num_parameters,
+            "steps": [effect.to_json() for effect in self.effects],
             "bundle": None if self.deployment is None else str(self.deployment.path),
             "manifest": None if self.deployment is None else self.deployment.manifest,
         }
@@ -79,6 +84,7 @@ def run(
     out: str | Path,
     resume: bool = False,
     overwrite: bool = False,
+    bundle: bool = True,
     device: str | None = None,
     tensorboard: bool = False,
     progress: Progress | None = None,
@@ -86,25 +92,28 @@ def run(
     """Do everything a recipe says.
 
     The run's folder holds `recipe.json`, `train/` (training state, `metrics.jsonl`), one saved model after each
-    phase under `phases/`, the final `model/`, and `model.bundle/` unless the recipe names another place.
+    phase under `phases/`, `effects.json` with what each did, the final `model/`, and `model.bundle/` unless the recipe
+    names another place.
 
     Args:
         resume: continue a run that stopped; where there is none, begin. The recipe must be the one it began with,
             except for what it deploys.
         overwrite: remove an earlier run in `out` and begin again.
+        bundle: deploy, where the recipe says so; without, its target is only what steps measure on.
         device: where torch trains; by default a GPU if there is one.
         tensorboard: also write TensorBoard events.
 
     Raises:
         RecipeError: `out` holds another run, or something that is no run.
-        CveffError: whatever a phase refuses, such as missing data, or no candidate within the accuracy limit.
+        CveffError: whatever a phase refuses, such as missing data, or no candidate within the accuracy limit. What a
+            step can tell beforehand is said before any work.
     """
     out, progress = Path(out), progress or Silent()
-    if recipe.deploy is not None:
-        load_target(recipe.deploy.target)  # a misspelt target is better found before training than after
+    # A misspelt target is better found before training than after.
+    target = None if recipe.deploy is None else load_target(recipe.deploy.target)
     if device is not None:
         _check_device(device)
-    _check_folder(out, recipe, resume, overwrite)
+    check_folder(out, recipe, resume, overwrite)
     data = load_data(
         recipe.data.source,
         seed=recipe.seed,
@@ -117,40 +126,59 @@ def run(
     phases = [(step, out / "phases" / f"{index}-{step.kind}") for index, step in enumerate(recipe.phases)]
     finished = [folder for _, folder in phases if folder.is_dir() and not overwrite]
     model = load(finished[-1]) if finished else create_for(recipe.model, data, seed=recipe.seed)
-    _open_folder(out, recipe, overwrite)
-    if finished:
-        progress.message(f"going on after {finished[-1].name}, which is done")
     teacher = _teacher(phases[: len(finished)], model, recipe, data)
-    for step, folder in phases[len(finished) :]:
-        with FileLog(out / "train" / folder.name, tensorboard=tensorboard) as log:
-            model = apply(
-                model,
-                step,
-                data=data,
-                target=None if recipe.deploy is None else recipe.deploy.target,
-                device=device,
-                seed=recipe.seed,
-                teacher=teacher,
-                progress=progress,
-                log=log,
-                folder=out / "train" / folder.name,
-                resume=resume,
-            )
-        save(model, folder)
-        teacher = model if isinstance(step, Train) else teacher
-    save(model, out / "model")
-    accuracy = evaluate(model, data, progress)
-    result = PipelineResult(
-        out=out,
-        model=out / "model",
-        accuracy=accuracy,
-        split=data.evaluation.name,
-        count=len(data.evaluation),
-        num_parameters=model.num_parameters,
-    )
-    if recipe.deploy is None:
+    kinds = {folder.name: step.kind for step, folder in phases}
+    if recipe.train is None:
+        kinds = {START: START, **kinds}
+
+    def phase(name: str) -> Model:
+        if name == START:
+            return create_for(recipe.model, data, seed=recipe.seed)
+        return load(out / "phases" / name)
+
+    with ExitStack() as stack:
+        timer = None if target is None else stack.enter_context(timer_of(target))
+        ahead = phases[len(finished) :]
+        check_steps([step for step, _ in ahead], Run(data=data, target=target, teacher=teacher, timer=timer))
+        stack.enter_context(open_folder(out, recipe, overwrite))
+        if finished:
+            progress.message(f"going on after {finished[-1].name}, which is done")
+        effects = Effects(out, lambda model: _score(model, data.val, progress), progress)
+        if recipe.steps and not finished and recipe.train is None:
+            effects.note(START, START, model)
+        for step, folder in ahead:
+            with FileLog(out / "train" / folder.name, tensorboard=tensorboard) as log:
+                model = apply(
+                    model,
+                    step,
+                    data=data,
+                    target=target,
+                    device=device,
+                    seed=recipe.seed,
+                    teacher=teacher,
+                    progress=progress,
+                    log=log,
+                    folder=out / "train" / folder.name,
+                    resume=resume,
+                    timer=timer,
+                )
+            save(model, folder)
+            if recipe.steps:
+                effects.note(folder.name, step.kind, model)
+            teacher = model if isinstance(step, Train) else teacher
+        save(model, out / "model")
+        result = PipelineResult(
+            out=out,
+            model=out / "model",
+            accuracy=evaluate(model, data, progress),
+            split=data.evaluation.name,
+            count=len(data.evaluation),
+            num_parameters=model.num_parameters,
+            effects=effects.complete(kinds, phase, timer, target) if recipe.steps else (),
+        )
+    if recipe.deploy is None or not bundle:
         return result
-    return replace(result, deployment=_deploy(model, recipe, data, out, resume, progress))
+    return replace(result, deployment=_deploy(model, recipe, data, result, resume, progress))
 
 
 def _teacher(finished: Sequence[tuple[Step, Path]], model: Model, recipe: Recipe, data: Data) -> Model:
@@ -170,11 +198,17 @@ def create_for(settings: ModelSettings, data: Data, *, seed: int = 0) -> Model:
     the architecture's. Images smaller than the input are enlarged, when training as in the bundle.
 
     Raises:
-        UnknownModelError, CheckpointError: as `cveff.create`.
-        DataError: there is nothing to train or score on.
+        UnknownModelError, CheckpointError: as `cveff.create` and `cveff.load`.
+        DataError: there is nothing to train or score on, or a checkpoint's classes are not the data's.
     """
     import torch
 
+    if settings.checkpoint is not None:
+        from cveff.export.deploy_checks import check_labels
+
+        model = open_model(settings.checkpoint)
+        labels, _ = check_labels(model, data)
+        return Model(replace(model.spec, labels=labels), model.module)
     images = data.train if data.train is not None else data.val
     size, channels = settings.image_size, settings.channels or images.channels
     is_small = images.native_size is not None and max(images.native_size) <= SMALL_IMAGE
@@ -209,27 +243,31 @@ def evaluate(model: Model, data: Data, progress: Progress | None = None) -> floa
     Raises:
         DataError: that split has no labels.
     """
-    split = data.evaluation
+    accuracy = _score(model, data.evaluation, progress or Silent())
+    if accuracy is None:
+        raise DataError(f"split {data.evaluation.name!r} of {data.name} has no labels to score against")
+    return accuracy
+
+
+def _score(model: Model, split: Split, progress: Progress) -> float | None:
+    """Share of a split that `model` gets right; None without labels."""
     batches = split.evaluation_batches(model.spec.input, batch_size=_EVALUATION_BATCH)
-    if progress is not None:
-        batches = progress.track(
-            batches, f"scoring on {split.name}", math.ceil(len(split) / _EVALUATION_BATCH)
-        )
-    logits, targets = predict(torch_predictor(model), batches)
-    if targets is None:
-        raise DataError(f"split {split.name!r} of {data.name} has no labels to score against")
-    return top1(logits, targets)
+    count = math.ceil(len(split) / _EVALUATION_BATCH)
+    logits, targets = predict(
+        torch_predictor(model), progress.track(batches, f"scoring on {split.name}", count)
+    )
+    return None if targets is None else top1(logits, targets)
 
 
 def _deploy(
-    model: Model, recipe: Recipe, data: Data, out: Path, resume: bool, progress: Progress
+    model: Model, recipe: Recipe, data: Data, result: PipelineResult, resume: bool, progress: Progress
 ) -> Deployment:
     from cveff.export.deploy import Deployment, deploy
 
     assert recipe.deploy is not None
-    bundle = recipe.deploy.out or out / "model.bundle"
+    bundle = recipe.deploy.out or result.out / "model.bundle"
     values = recipe.to_json()
-    manifest = _read_json(bundle / "manifest.json") if resume else {}
+    manifest = read_json(bundle / "manifest.json") if resume else {}
     if manifest.get("recipe") == values:
         progress.message(f"{bundle} is done")
         return Deployment(bundle, manifest)
@@ -244,6 +282,7 @@ def _deploy(
         out=bundle,
         seed=recipe.seed,
         recipe=values,
+        steps=[effect.to_json() for effect in result.effects],
         progress=progress,
     )
 
@@ -258,60 +297,3 @@ def _check_device(device: str) -> None:
         raise RecipeError(
             f"device {device!r} cannot be used ({reason}); give cpu, or cuda where there is one"
         ) from error
-
-
-def _check_folder(out: Path, recipe: Recipe, resume: bool, overwrite: bool) -> None:
-    """Refuse a folder that holds anything but this run, before work is spent on it."""
-    record = out / "recipe.json"
-    if out.exists() and not out.is_dir():
-        raise RecipeError(f"{out} is an existing file; give another folder to --out")
-    if not record.is_file():
-        if out.is_dir() and any(not path.name.startswith(".") for path in out.iterdir()):
-            raise RecipeError(f"{out} holds files that no run of cveff left; give another folder to --out")
-    elif resume and not overwrite:
-        _check_same_recipe(record, recipe)
-    elif not overwrite:
-        raise RecipeError(f"{out} holds an earlier run; --resume continues it, --overwrite replaces it")
-
-
-def _open_folder(out: Path, recipe: Recipe, overwrite: bool) -> None:
-    """Begin or continue in `out`, without an earlier run and without what a killed one had begun to write."""
-    if overwrite and out.is_dir():
-        shutil.rmtree(out)
-    for leftover in (*out.glob(".*.*"), *(out / "phases").glob(".*.*")):  # see `cveff.files`
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-    write_json(out / "recipe.json", recipe.to_json())
-
-
-def _check_same_recipe(record: Path, recipe: Recipe) -> None:
-    earlier, now = (_flat(item.to_json()) for item in (parse_recipe(_read_json(record), str(record)), recipe))
-    changed = [
-        f"{key} was {earlier.get(key)!r}, is {now.get(key)!r}"
-        for key in sorted(earlier.keys() | now.keys())
-        if not key.startswith("deploy.") and earlier.get(key) != now.get(key)
-    ]
-    if changed:
-        raise RecipeError(
-            f"{record.parent} holds a run of another recipe ({'; '.join(changed[:3])}{'; …' if changed[3:] else ''}); "
-            "resume it with its own recipe, or give another folder to --out"
-        )
-
-
-def _flat(value: Any, path: str = "") -> dict[str, Any]:
-    if isinstance(value, Mapping):
-        return {
-            key: inner for name, item in value.items() for key, inner in _flat(item, f"{path}{name}.").items()
-        }
-    if isinstance(value, list) and value and isinstance(value[0], Mapping):
-        return _flat({f"[{index}]": item for index, item in enumerate(value)}, path)
-    return {path.removesuffix("."): value}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; empty where there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}); --overwrite begins again") from error

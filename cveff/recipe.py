@@ -7,20 +7,40 @@ one line in `_step_kinds`.
 from __future__ import annotations
 
 import dataclasses
+import json
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
+from cveff.apply import needs_timer
 from cveff.backbones import FoldBatchNorm, Reparameterize
-from cveff.compress import Distill, LowRank, Sparsify
+from cveff.compress import Distill, LowRank, Prune, Sparsify
 from cveff.data.augment import Augmentation
 from cveff.data.named import NAMED
 from cveff.errors import RecipeError
+from cveff.recipe_settings import DataSettings, DeploySettings, ModelSettings
 from cveff.schema import parse
 from cveff.steps import Step
 from cveff.train import Train
+
+__all__ = [
+    "RECIPES",
+    "DataSettings",
+    "DeploySettings",
+    "ModelSettings",
+    "Recipe",
+    "default_training",
+    "find_recipe",
+    "parse_assignment",
+    "parse_recipe",
+    "read_recipe",
+    "recipe_for",
+    "recipe_names",
+    "with_epochs",
+    "with_overrides",
+]
 
 RECIPES = Path(__file__).parent / "model_zoo" / "recipes"
 """The recipes that come with cveff."""
@@ -28,95 +48,9 @@ RECIPES = Path(__file__).parent / "model_zoo" / "recipes"
 
 def _step_kinds() -> dict[str, type]:
     """The recipe's union: every method a `[[steps]]` table can name by its `kind`."""
-    return {step.kind: step for step in (Reparameterize, FoldBatchNorm, Train, Distill, LowRank, Sparsify)}
-
-
-@dataclass(frozen=True)
-class ModelSettings:
-    """The network.
-
-    Attributes:
-        architecture: a timm name, or one of cveff's own; by default small_resnet_s for images up to 64 pixels
-            and mobilenetv4_conv_small for larger ones.
-        image_size: side in pixels, or [height, width]; by default the images' own size up to 64 pixels, and
-            what the architecture was designed for above.
-        channels: 1 (grey) or 3 (RGB); by default what the images have.
-        enlarge: whether images smaller than image_size are enlarged; by default only where all images share
-            a smaller size. Off, such an image is an error, because a model of large images is silently wrong on it.
-        arguments: keyword arguments of timm.create_model, such as drop_path_rate.
-        weights: a .safetensors or .pth file to start from; its classes must be the data's.
-        pretrained: let timm download its weights (needs a network); the classifier is replaced to fit the data.
-    """
-
-    architecture: str | None = None
-    image_size: int | tuple[int, int] | None = None
-    channels: Literal[1, 3] | None = None
-    enlarge: bool | None = None
-    arguments: dict[str, Any] = field(default_factory=dict)
-    weights: Path | None = None
-    pretrained: bool = False
-
-    def __post_init__(self) -> None:
-        sides = self.image_size if isinstance(self.image_size, tuple) else (self.image_size,)
-        if any(side is not None and side < 1 for side in sides):
-            raise RecipeError(f"image_size: {self.image_size!r} is not a positive number of pixels")
-        if self.pretrained and self.weights is not None:
-            raise RecipeError("pretrained: cannot be combined with weights; remove one of the two")
-        for name in ("num_classes", "in_chans", "img_size"):
-            if name in self.arguments:
-                raise RecipeError(
-                    f"arguments.{name}: is set from the data, image_size and channels; remove it"
-                )
-
-
-@dataclass(frozen=True)
-class DataSettings:
-    """The images.
-
-    Attributes:
-        source: a known name (digits, fashion-mnist, cifar10, cifar100), an image folder, or WebDataset shards.
-            A relative path starts at the folder the command runs in.
-        on_bad_image: "error" stops at the first file that is not a readable image; "skip" counts and reports them.
-        val_fraction: share of the training images held out where the data have no validation split.
-    """
-
-    source: str
-    on_bad_image: Literal["error", "skip"] = "error"
-    val_fraction: float = 0.1
-
-    def __post_init__(self) -> None:
-        if not self.source:
-            raise RecipeError("source: is empty; give a data set's name or a folder")
-        if not 0 < self.val_fraction < 1:
-            raise RecipeError(f"val_fraction: {self.val_fraction!r} does not lie between 0 and 1")
-
-
-@dataclass(frozen=True)
-class DeploySettings:
-    """What the model is made into.
-
-    Attributes:
-        target: a device profile's name (cveff targets), or a profile's .toml file.
-        max_accuracy_drop: points of accuracy (of top-1 disagreement where there are no labels) that the shipped
-            file may lose against the trained model.
-        calibration: a folder of unlabelled images for int8; by default images of the training split.
-        num_calibration: how many images int8 is calibrated on.
-        out: the bundle's folder; by default model.bundle in the run's folder.
-    """
-
-    target: str = "edge-cpu"
-    max_accuracy_drop: float = 1.0
-    calibration: Path | None = None
-    num_calibration: int = 256
-    out: Path | None = None
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.max_accuracy_drop <= 100:
-            raise RecipeError(
-                f"max_accuracy_drop: {self.max_accuracy_drop!r} is not a number of points, 0 to 100"
-            )
-        if self.num_calibration < 1:
-            raise RecipeError(f"num_calibration: {self.num_calibration!r} is not a positive number of images")
+    return {
+        step.kind: step for step in (Reparameterize, FoldBatchNorm, Train, Prune, LowRank, Distill, Sparsify)
+    }
 
 
 @dataclass(frozen=True)
@@ -126,7 +60,7 @@ class Recipe:
     Attributes:
         data: the images.
         model: the network.
-        train: how to train; without this table the weights stay as `model.weights` or `model.pretrained` gave them.
+        train: how to train; without this table the weights stay as the `model` table gave them.
         steps: what is done to the trained model, in order; each `[[steps]]` table has a `kind`.
         deploy: what the model is made into; without this table the run ends with the saved model.
         seed: all randomness derives from it.
@@ -147,10 +81,10 @@ class Recipe:
             raise RecipeError(f"seed: {self.seed!r} is negative; give 0 or more")
         if self.train is not None:
             self._check_training(self.train)
-        elif self.model.weights is None and not self.model.pretrained:
+        elif not self.model.has_weights:
             raise RecipeError(
-                "train: is missing, and without model.weights or model.pretrained the weights would stay random; "
-                "add a [train] table"
+                "train: is missing, and without model.weights, model.pretrained or model.checkpoint the weights would "
+                "stay random; add a [train] table"
             )
         for index, step in enumerate(self.steps):
             if index and _trains(step) and any(_is_folding(earlier) for earlier in self.steps[:index]):
@@ -159,11 +93,16 @@ class Recipe:
                 )
             if _is_folding(step) and step in self.steps[:index]:
                 raise RecipeError(f"steps[{index}]: {step.kind} is done twice; remove one")
+            if self.deploy is None and needs_timer(step):
+                raise RecipeError(
+                    f"steps[{index}]: {step.kind} has a goal in milliseconds or in shares of them, which a target "
+                    'measures; add a [deploy] table with target = "edge-cpu"'
+                )
 
     def _check_training(self, train: Train) -> None:
         if train.epochs == 0 and train.ema > 0:
             raise RecipeError("train.ema: averages no weights when train.epochs is 0; set ema to 0 or train")
-        if train.epochs == 0 and self.model.weights is None and not self.model.pretrained:
+        if train.epochs == 0 and not self.model.has_weights:
             raise RecipeError(
                 "train.epochs: is 0 and there are no model.weights; the weights would stay random"
             )
@@ -194,13 +133,13 @@ def parse_recipe(values: Mapping[str, Any], source: str = "recipe") -> Recipe:
 
 
 def read_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
-    """Read a recipe from a TOML file, or by name from the zoo (`digits`, `fashion-mnist`, …).
+    """Read a recipe from a TOML file, a run's `recipe.json`, or by name from the zoo (`digits`, `fashion-mnist`, …).
 
     Args:
         overrides: values by dotted key, such as {"train.epochs": 5}, laid over the file's.
 
     Raises:
-        RecipeError: no such file, not TOML, or a mistake in it, with the key's path.
+        RecipeError: no such file, not TOML or JSON, or a mistake in it, with the key's path.
     """
     file = find_recipe(str(path))
     if file is None:
@@ -209,9 +148,10 @@ def read_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
             f"or one of {', '.join(recipe_names())}"
         )
     try:
-        values = tomllib.loads(file.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{file.name}: not valid TOML: {error}") from error
+        text = file.read_text(encoding="utf-8")
+        values = json.loads(text) if file.suffix == ".json" else tomllib.loads(text)
+    except ValueError as error:  # of either parser, or text that is none
+        raise RecipeError(f"{file.name}: not valid {file.suffix[1:].upper()}: {error}") from error
     except OSError as error:
         raise RecipeError(f"{file}: cannot be read: {error.strerror}") from error
     return parse_recipe(with_overrides(values, overrides or {}), file.name)
@@ -229,7 +169,7 @@ def recipe_for(
     Raises:
         RecipeError: as `read_recipe`, or `epochs` for a recipe that does not train.
     """
-    if subject.endswith(".toml") or find_recipe(subject) is not None:
+    if subject.endswith((".toml", ".json")) or find_recipe(subject) is not None:
         recipe = read_recipe(subject, overrides)
     else:
         values = Recipe(data=DataSettings(subject), train=default_training(subject)).to_json()
@@ -282,7 +222,7 @@ def with_epochs(train: Train, epochs: int) -> Train:
 def find_recipe(name: str) -> Path | None:
     """The file of a recipe given by path or by its name in the zoo; None where there is none."""
     path = Path(name)
-    if path.suffix == ".toml":
+    if path.suffix in (".toml", ".json"):
         return path if path.is_file() else None
     return next((file for file in RECIPES.glob("*.toml") if file.stem == name), None)
 
@@ -327,7 +267,7 @@ def parse_assignment(text: str) -> tuple[str, Any]:
 
 
 def _trains(step: Step) -> bool:
-    return isinstance(step, (Train, Distill)) or (isinstance(step, Sparsify) and step.recover is not None)
+    return isinstance(step, (Train, Distill)) or getattr(step, "recover", None) is not None
 
 
 def _is_folding(step: Step) -> bool:

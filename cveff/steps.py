@@ -84,3 +84,15 @@ class Step(Protocol):
     def __call__(self, model: Model, run: Run) -> Model:
         """Return a changed `model`; it may be modified in place, `apply` hands over a copy."""
         ...
+
+
+@runtime_checkable
+class ChecksRun(Protocol):
+    """A step that can tell from a `Run`, before any step starts, that it could not do its work."""
+
+    def check_run(self, run: Run) -> None:
+        """
+        Raises:
+            StepError: naming what is missing or does not fit.
+        """
+        ...

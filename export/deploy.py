@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,7 @@ def deploy(
     num_calibration: int = 256,
     on_bad_image: OnBadImage = "error",
     recipe: Mapping[str, Any] | None = None,
+    steps: Sequence[Mapping[str, Any]] = (),
     name: str | None = None,
     progress: Progress | None = None,
 ) -> Deployment:
@@ -83,6 +84,7 @@ def deploy(
         num_calibration: images that int8 ranges are made from.
         on_bad_image: "error" names the file, "skip" leaves it out.
         recipe: recorded in the manifest; by default the settings given here.
+        steps: what each step of a run did (`cveff.effects`), for the manifest and the report.
         name: the model's name in the bundle; by default its architecture.
         progress: where long work shows itself.
 
@@ -134,6 +136,8 @@ def deploy(
         measured = measure(original, images, target, max_accuracy_drop, work, seed, progress)
         manifest = deployment_manifest(name, shipped, images, target, max_accuracy_drop, measured)
         manifest["recipe"] = dict(recipe) if recipe is not None else {"deploy": settings}
+        if steps:
+            manifest["steps"] = [dict(step) for step in steps]
         progress.message("writing the report and the bundle")
         evidence = collect_evidence(
             measured.chosen,

@@ -23,6 +23,7 @@ from cveff.export.report_sections import (
     lines_section,
     percent,
     samples_section,
+    steps_section,
 )
 
 ENGINE_NAMES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
@@ -43,6 +44,7 @@ def render(manifest: Mapping[str, Any], evidence: Evidence | None = None) -> str
     precision = chosen["precision"] if chosen else ""
     sections = [
         _warnings(evidence.warnings),
+        steps_section(manifest),
         _candidates(manifest),
         layers_section(evidence),
         confusion_section(evidence.confusion, manifest["labels"]),

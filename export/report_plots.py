@@ -120,6 +120,64 @@ def layer_bars(bars: Sequence[Bar], description: str) -> str:
     return _svg("".join(parts), width, height, description)
 
 
+@dataclass(frozen=True)
+class Stage:
+    """One bar of the waterfall: milliseconds after a step, and the accuracy (0..1) then; None where unknown."""
+
+    name: str
+    milliseconds: float
+    accuracy: float | None
+
+
+def waterfall(stages: Sequence[Stage]) -> str:
+    """Time after each step as bars from zero, what the step saved hatched behind it, accuracy beside.
+
+    Args:
+        stages: in order; the first is the model the steps began with, the last may be the shipped file.
+    """
+    row, left, width, right = 34, 190, 760, 190
+    height = row * len(stages) + 44
+    longest = max(stage.milliseconds for stage in stages)
+    scale = (width - left - right) / (longest or 1.0)
+    parts = []
+    for tick in _linear_ticks(0, longest or 1.0, 5):
+        x = left + tick * scale
+        parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="18" y2="{height - 34}"/>')
+        parts.append(_text(x, height - 18, f"{tick:g}", "middle"))
+    parts.append(_text(left + (width - left - right) / 2, height - 2, "milliseconds a call", "middle"))
+    parts.append(_text(width - right + 108, 12, "accuracy", "start"))
+    first, before = stages[0].milliseconds, stages[0].milliseconds
+    for index, stage in enumerate(stages):
+        y, length = 20 + index * row, stage.milliseconds * scale
+        kind = "shipped" if index == len(stages) - 1 and index else "bar"
+        title = _stage_text(stage, first)
+        parts.append(
+            f"<g><title>{escape(title)}</title>{_text(left - 8, y + 16, _short(stage.name, 26), 'end')}"
+        )
+        if before > stage.milliseconds:
+            saved = (before - stage.milliseconds) * scale
+            parts.append(
+                f'<rect class="saved" x="{left + length:.1f}" y="{y}" width="{saved:.1f}" height="{row - 12}"/>'
+            )
+        parts.append(
+            f'<rect class="{kind}" x="{left}" y="{y}" width="{max(1.0, length):.1f}" height="{row - 12}" rx="2"/>'
+        )
+        parts.append(
+            _text(left + max(length, before * scale) + 8, y + 16, f"{stage.milliseconds:.3g} ms", "start")
+        )
+        accuracy = "–" if stage.accuracy is None else f"{100 * stage.accuracy:.2f}%"
+        parts.append(_text(width - right + 108, y + 16, accuracy, "start") + "</g>")
+        before = stage.milliseconds
+    described = "; ".join(_stage_text(stage, first) for stage in stages)
+    return _svg("".join(parts), width, height, f"Time and accuracy after each step: {described}")
+
+
+def _stage_text(stage: Stage, first: float) -> str:
+    accuracy = "" if stage.accuracy is None else f", accuracy {100 * stage.accuracy:.2f}%"
+    share = f" ({100 * stage.milliseconds / first:.0f}% of the first)" if first > 0 else ""
+    return f"{stage.name} {stage.milliseconds:.3g} ms{share}{accuracy}"
+
+
 def confusion_matrix(counts: np.ndarray, labels: Sequence[str]) -> str:
     """Heat map of a confusion matrix.
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from cveff.export.report_plots import Bar, confusion_matrix, layer_bars
+from cveff.export.report_plots import Bar, Stage, confusion_matrix, layer_bars, waterfall
 
 MAX_MATRIX_CLASSES = 30
 """Past this many classes the matrix is unreadable and the most confused pairs are listed instead."""
@@ -56,6 +57,50 @@ class Evidence:
     layers_title: str = ""
     data: Sequence[tuple[str, str]] = ()
     warnings: Sequence[str] = field(default_factory=tuple)
+
+
+def steps_section(manifest: Mapping[str, Any]) -> str:
+    """What each step did to time and accuracy, the shipped file last; "" where the recipe had no steps."""
+    steps = manifest.get("steps") or []
+    if not steps:
+        return ""
+    chosen = next((entry for entry in manifest["candidates"] if entry["chosen"]), None)
+    names = [_step_name(step["kind"]) for step in steps]
+    stages = [
+        Stage(name, step["latency_ms"], step["accuracy"])
+        for name, step in zip(names, steps, strict=True)
+        if step["latency_ms"] is not None
+    ]
+    if stages and chosen is not None and chosen["latency_ms"] is not None:
+        shipped = f"shipped: {chosen['engine']} {chosen['precision']}"
+        stages.append(Stage(shipped, chosen["latency_ms"], chosen["accuracy"]))
+    rows = "".join(
+        f'<tr><th scope="row">{escape(name)}</th><td class="number">{percent(step["accuracy"])}</td>'
+        f'<td class="number">{_number(step["latency_ms"], "{:.3g} ms")}</td>'
+        f'<td class="number">{_number(step.get("macs"), "{:,}")}</td>'
+        f'<td class="number">{step["parameters"]:,}</td></tr>'
+        for name, step in zip(names, steps, strict=True)
+    )
+    selection = manifest["metrics"].get("selection", {})
+    images = f" ({selection['count']:,} images of {selection['split']})" if "count" in selection else ""
+    caption = (
+        f"The model after each step: accuracy in PyTorch on the images that choices are made on{images}; times of "
+        "the exported float32 files, all timed in turns. The shipped file was timed in the comparison below."
+    )
+    table = (
+        f'<div class="scroll"><table><caption>{escape(caption)}</caption><thead><tr><th>Step</th>'
+        '<th class="number">Accuracy</th><th class="number">Time</th><th class="number">MACs</th>'
+        f'<th class="number">Parameters</th></tr></thead><tbody>{rows}</tbody></table></div>'
+    )
+    return html_section("What each step did", (waterfall(stages) if stages else "") + table)
+
+
+def _step_name(kind: str) -> str:
+    return "dense" if kind == "start" else kind.replace("_", " ")
+
+
+def _number(value: float | None, form: str) -> str:
+    return "–" if value is None else form.format(value)
 
 
 def layers_section(evidence: Evidence) -> str:

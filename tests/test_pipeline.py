@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import cveff
-from cveff import pipeline
+from cveff import pipeline, run_folder
 from cveff.backbones.fold import FoldBatchNorm
 from cveff.data import load as load_data
 from cveff.errors import CheckpointError, CveffError, RecipeError, TargetError
@@ -62,6 +62,7 @@ def test_a_run_leaves_a_loadable_model_and_its_record(recipe, tmp_path) -> None:
     assert [edit.kind for edit in model.spec.edits] == ["fold_batch_norm"]
     assert result.accuracy == pipeline.evaluate(model, load_data(recipe.data.source))
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+        "effects.json",
         "model",
         "phases",
         "recipe.json",
@@ -228,7 +229,7 @@ def test_the_teacher_is_what_the_last_training_left_also_after_a_stop(
     recipe, tmp_path, monkeypatch, trained
 ) -> None:
     monkeypatch.setattr(pipeline.Recipe, "to_json", lambda self: {"seed": self.seed})
-    monkeypatch.setattr(pipeline, "parse_recipe", lambda values, source: recipe)
+    monkeypatch.setattr(run_folder, "parse_recipe", lambda values, source: recipe)
     seen: list[torch.Tensor] = []
     out = tmp_path / "run"
     steps = (FoldBatchNorm(), _Watch(seen, stop=True))

@@ -76,6 +76,8 @@ def test_every_console_command_runs(folder: Path) -> None:
             command += (
                 ["--epochs", "1", "--max-accuracy-drop", "100"] if "deploy.py" in line else ["--epochs", "1"]
             )
+        if line.startswith("cveff compress"):
+            command += ["--epochs", "1", "--max-accuracy-drop", "100"]
         if "--weights" in line:
             command += ["--max-accuracy-drop", "100"]  # random weights: any rounding changes an answer
         done = run(command, folder)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import tomllib
 
 import pytest
 
+from cveff.compress import Distill
 from cveff.data.augment import Augmentation
 from cveff.errors import CveffError, RecipeError, TrainingError
 from cveff.recipe import (
@@ -69,11 +71,22 @@ MISTAKES = [
     ({"steps": 3}, "r.toml: steps: 3 is not an array"),
     ({"steps": [3]}, "r.toml: steps[0]: 3 is not a table"),
     ({"steps": [{}]}, "r.toml: steps[0]: kind is missing; known: reparameterize, fold_batch_norm, train"),
-    ({"steps": [{"kind": "prune"}]}, "r.toml: steps[0].kind: 'prune' is unknown; known: reparameterize"),
+    ({"steps": [{"kind": "prunes"}]}, "r.toml: steps[0].kind: 'prunes' is unknown; did you mean 'prune'?"),
     (
         {"steps": [{"kind": "train", "epohs": 1}]},
         "r.toml: steps[0].epohs: unknown key; did you mean 'epochs'?",
     ),
+    ({"steps": [{"kind": "prune", "latency": 0.5}]}, "r.toml: steps[0]: prune has a goal in milliseconds"),
+    ({"steps": [{"kind": "low_rank", "latency": 0.5}]}, 'add a [deploy] table with target = "edge-cpu"'),
+    (
+        {"steps": [{"kind": "prune", "macs": 0.5, "recover": {"train": {"epochs": "x"}}}]},
+        "r.toml: steps[0].recover.train.epochs: 'x' is not an integer",
+    ),
+    (
+        {"steps": [{"kind": "reparameterize"}, {"kind": "prune", "macs": 0.5, "recover": {}}]},
+        "r.toml: steps[1]: trains after branches or",
+    ),
+    ({"model.checkpoint": "a", "model.architecture": "b"}, "architecture: comes from the checkpoint"),
     ({"steps": [{"kind": "train", "epochs": -1}]}, "r.toml: steps[0]: train.epochs is -1; give 0 or more"),
     (
         {"steps": [{"kind": "fold_batch_norm"}, {"kind": "train"}]},
@@ -239,3 +252,36 @@ def test_a_written_recipe_is_never_overwritten(tmp_path) -> None:
     with pytest.raises(CveffError, match="exists already"):
         write_new(path, "b = 1\n")
     assert path.read_text() == "a = 1\n"
+
+
+def test_tables_within_steps_keep_what_they_do_not_name() -> None:
+    text = """
+    data.source = "digits"
+    model.checkpoint = "digits"
+    deploy.target = "edge-cpu"
+    [[steps]]
+    kind = "prune"
+    latency = 0.5
+    recover = { method = "dist", train = { epochs = 3 } }
+    [[steps]]
+    kind = "prune"
+    macs = 0.5
+    [steps.recover.train]
+    epochs = 4
+    """
+    recipe = parse_recipe(tomllib.loads(text))
+    first, second = recipe.steps
+    assert (first.recover.method, first.recover.train.epochs) == ("dist", 3)
+    assert second.recover == dataclasses.replace(
+        Distill(), train=dataclasses.replace(Distill().train, epochs=4)
+    )
+    assert parse_recipe(tomllib.loads(to_toml(recipe.to_json()))) == recipe
+
+
+def test_a_runs_record_is_a_recipe(tmp_path) -> None:
+    recipe = read_recipe("digits")
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe.to_json()))
+    assert read_recipe(tmp_path / "recipe.json") == recipe
+    (tmp_path / "recipe.json").write_text("{")
+    with pytest.raises(RecipeError, match="not valid JSON"):
+        read_recipe(tmp_path / "recipe.json")

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 import cveff
-from cveff.cli import deploy, measure, models, recipe, train
+from cveff.cli import compress, deploy, measure, models, recipe, train
 from cveff.cli.options import examples
 from cveff.errors import CveffError
 
@@ -33,6 +33,7 @@ app = typer.Typer(
     help="Small, fast vision models with measured proof: train, compress, export, verify, measure and ship.",
     epilog=examples(
         "cveff train digits --out runs/digits",
+        "cveff compress runs/digits --prune latency=0.5 --distill",
         "cveff deploy runs/digits --data digits --out digits.bundle",
         "cveff run digits.bundle photo.png",
     ),
@@ -40,7 +41,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
-for verbs in (train, deploy, measure, models):
+for verbs in (train, compress, deploy, measure, models):
     verbs.register(app)
 app.add_typer(recipe.app, name="recipe")
 
@@ -67,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
-    words = [word for word in words if word != "--debug"]
+    words = compress.with_values([word for word in words if word != "--debug"])
     from cveff.console import configure_logging
 
     configure_logging(debug)

@@ -64,8 +64,6 @@ def train(
 ) -> None:
     """Train a model by a recipe, do the recipe's steps, and deploy it if the recipe says so."""
     with working(quiet) as progress:
-        from dataclasses import replace
-
         from cveff.pipeline import run
         from cveff.recipe import parse_assignment, recipe_for
 
@@ -79,10 +77,11 @@ def train(
         overrides |= dict(parse_assignment(text) for text in settings or ())
         recipe = recipe_for(recipe_or_data, overrides, epochs=epochs)
         result = run(
-            replace(recipe, deploy=None) if no_deploy else recipe,
+            recipe,
             out=out or Path("runs") / Path(recipe_or_data).stem,
             resume=resume,
             overwrite=overwrite,
+            bundle=not no_deploy,
             device=device,
             tensorboard=tensorboard,
             progress=progress,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from cveff.compress.distill_losses import hard_targets, relations, soft_targets
 from cveff.compress.features import FeatureMatching
-from cveff.compress.teacher import Teacher, find_teacher, fingerprint
+from cveff.compress.teacher import Teacher, check_teacher, find_teacher, fingerprint
 from cveff.compress.teacher_cache import LogitsCache
 from cveff.errors import StepError
 from cveff.model import Model
@@ -51,7 +51,7 @@ class Distill:
             et al., arXiv:2106.05237).
         alpha: weight of the imitation, 0 to 1; by default 0.5, and 1 for function matching. 0 is plain fine-tuning.
         temperature: T of "logits", "dist" and "function-matching".
-        teacher: a saved model's folder, or a timm model's name; by default the run's teacher, which after any
+        teacher: a saved model's or a run's folder, or a timm name; by default the run's teacher, which after any
             compression is the dense parent.
         teacher_weights: a state dict for a timm teacher, trained on the student's classes; by default timm
             downloads its own.
@@ -113,6 +113,15 @@ class Distill:
             TrainingError, CheckpointError: as `Train`.
         """
         return fit(model, self.train, run, self.objective(model, run))
+
+    def check_run(self, run: Run) -> None:
+        """Refuse a teacher of other classes before anything is trained.
+
+        Raises:
+            StepError, UnknownModelError: the teacher does not fit, or does not exist.
+        """
+        if self.weight > 0 and self.teacher is not None and run.data is not None:
+            check_teacher(self.teacher, run.data.num_classes)
 
     @property
     def weight(self) -> float:

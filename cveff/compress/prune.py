@@ -136,6 +136,16 @@ class Prune:
         model.module.cpu().eval()
         return model
 
+    def plan(self, model: Model, run: Run) -> Plan:
+        """What would be cut, all rounds as one; `model` is left as it is.
+
+        Raises:
+            StepError: as a call.
+        """
+        self.check_run(run)
+        model = Model(model.spec, copy.deepcopy(model.module).to(run.device).eval())
+        return make_plan(self, model, model, self._share(model, run), run)
+
     def _share(self, model: Model, run: Run) -> float:
         """The share that is to be left of whatever the goal counts."""
         if self.goal == "ratio":

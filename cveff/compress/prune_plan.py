@@ -22,6 +22,7 @@ from cveff.compress.scopes import keep_best, select
 from cveff.compress.sensitivity import Cost, Curve, measured_curves, summed_curves
 from cveff.compress.sizes import Sizes
 from cveff.compress.trace import Trace, trace
+from cveff.edits import Edit
 from cveff.errors import StepError
 from cveff.model import Model, with_module
 from cveff.steps import Run
@@ -48,6 +49,16 @@ class Plan:
     keep: Mapping[str, np.ndarray]
     figures: Mapping[str, float]
     drop: DropBlocks | None = None
+
+    def structure(self, model: Model) -> Model:
+        """`model` cut by this plan: of the right shapes, and with weights that nothing has repaired yet."""
+        edits: list[Edit] = []
+        module = light_copy(model.module)
+        if self.drop is not None:
+            module = self.drop.apply(module)
+            edits.append(self.drop)
+        edit = self.analysis.edit(self.keep, module)
+        return with_module(model, edit.apply(module).eval(), *edits, edit)
 
     @property
     def summary(self) -> str:

@@ -7,6 +7,7 @@ import json
 from hashlib import blake2b
 from pathlib import Path
 
+import timm
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -21,7 +22,7 @@ def find_teacher(name: str | None, weights: Path | None, given: Model | None, st
     """The teacher `Distill` names, or the run's.
 
     Args:
-        name: a folder that `cveff.save` wrote, or a timm architecture; None: `given`.
+        name: a folder that `cveff.save` or `cveff train` wrote, or a timm architecture; None: `given`.
         weights: a state dict for that architecture, trained on the student's classes; None: timm's own.
         given: the run's teacher.
         student: whose labels and channels the teacher must fit.
@@ -37,8 +38,8 @@ def find_teacher(name: str | None, weights: Path | None, given: Model | None, st
                 "folder or to a timm model's name"
             )
         teacher = given
-    elif (Path(name) / "model.json").is_file():
-        teacher = load(name)
+    elif (folder := _folder(name)) is not None:
+        teacher = load(folder)
     elif weights is not None:
         teacher = create(name, labels=student.labels, channels=student.input.channels, weights=weights)
     else:
@@ -49,6 +50,24 @@ def find_teacher(name: str | None, weights: Path | None, given: Model | None, st
             "the teacher takes grey images and the student RGB; choose a teacher that sees colour"
         )
     return teacher
+
+
+def check_teacher(name: str, num_classes: int) -> None:
+    """Refuse what `find_teacher` would refuse later, without building or downloading anything.
+
+    Raises:
+        StepError: a saved model of another number of classes.
+        UnknownModelError: neither a saved model nor an architecture.
+    """
+    folder = _folder(name)
+    if folder is None:
+        if not timm.is_model(name):
+            create(name)  # says that there is no such model, and what comes close
+    elif len(labels := load(folder).spec.labels) != num_classes:
+        raise StepError(
+            f"the teacher {name} has {len(labels)} classes and the data {num_classes}; take a teacher of the same "
+            "classes, or fine-tune one on this data first"
+        )
 
 
 class Teacher:
@@ -102,6 +121,12 @@ def fingerprint(model: Model) -> str:
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _folder(name: str) -> Path | None:
+    """The saved model at `name`, itself or the `model/` in a run's folder."""
+    folders = (Path(name), Path(name) / "model")
+    return next((folder for folder in folders if (folder / "model.json").is_file()), None)
 
 
 def _check_classes(student: ModelSpec, teacher: ModelSpec) -> None:

@@ -190,3 +190,23 @@ def test_labels_are_moved_apart_and_keep_their_order() -> None:
     placed = _apart([50, 50, 50, 90], 17, 10, 100)
     assert sorted(placed) == placed and placed[-1] <= 100
     assert all(b - a >= 17 - 1e-9 for a, b in itertools.pairwise(placed))
+
+
+def test_the_waterfall_tells_every_figure_in_words(manifest: dict[str, Any]) -> None:
+    step = {"kind": "start", "accuracy": 0.91, "latency_ms": 4.0, "parameters": 10, "macs": None}
+    manifest["steps"] = [step, step | {"kind": "low_rank", "latency_ms": 2.0, "accuracy": None}]
+    page = render(manifest)
+    assert_self_contained(page)
+    labels = [attributes.get("aria-label") or "" for tag, attributes in parsed(page).tags if tag == "svg"]
+    (label,) = [label for label in labels if label.startswith("Time and accuracy after each step")]
+    assert (
+        "dense 4 ms (100% of the first), accuracy 91.00%; low rank 2 ms (50% of the first); shipped" in label
+    )
+    assert "What each step did" not in render({key: manifest[key] for key in manifest if key != "steps"})
+    manifest["steps"] = [step | {"latency_ms": None}]
+    assert "Time and accuracy after each step" not in render(manifest), "no bar without a time"
+
+
+def test_what_a_user_wrote_as_a_step_is_no_markup(manifest: dict[str, Any]) -> None:
+    manifest["steps"] = [{"kind": EVIL, "accuracy": 0.5, "latency_ms": 1.0, "parameters": 1}]
+    assert_self_contained(render(manifest))
