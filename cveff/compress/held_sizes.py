@@ -2,7 +2,7 @@
 
 An attribute is recognised by what it does: its value is the size that a reshape, a split or a slice of the same
 module uses along a dimension that shrinks. What was recognised wrongly is caught by running the pruned network
-(`verify.py`), so no list of classes is needed.
+(`proof.py`), so no list of classes is needed.
 """
 
 from __future__ import annotations
