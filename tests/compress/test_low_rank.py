@@ -455,6 +455,7 @@ def test_recipes_take_the_step(tmp_path: Path) -> None:
         "data": {"source": "digits"},
         "train": {},
         "steps": [{"kind": "low_rank", "latency": 0.7, "recover": {"alpha": 0.5, "train": {"epochs": 2}}}],
+        "deploy": {"target": "edge-cpu"},
     }
     recipe = parse_recipe(values)
     (step,) = recipe.steps
