@@ -2,12 +2,13 @@
 
 `B, N, C = x.shape … x.reshape(B, N, C)` assumes that the heads together are as wide as the embedding, and
 `scaled_dot_product_attention` that the width of a head is what scores are scaled by; pruning ends both. A flexible
-module runs its own code, and its n-th call gets the sizes (or the scale) that the edit holds for it. Everything the
-edit does not name stays as the code says, so batches and image sizes remain free.
+module runs its own code, and the n-th call of a family gets the sizes (or the scale) that the edit holds for it.
+Everything the edit does not name stays as the code says, so batches and image sizes remain free.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -98,12 +99,23 @@ def _sizes(kind: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     return list(args[position:])
 
 
+def call_name(kind: str, numbers: Counter[str]) -> str:
+    """What an edit calls the next call of a family ("reshape 2"), which is then counted.
+
+    Families are counted apart, since exporters write fused attention out, and so make one call less.
+    """
+    name = f"{kind} {numbers[kind]}"
+    numbers[kind] += 1
+    return name
+
+
 class _Corrected(TorchFunctionMode):
     """Counts a module's calls, those of its children included, and corrects the ones that are named."""
 
     def __init__(self, calls: Mapping[str, Named]) -> None:
         super().__init__()
-        self._calls, self._number = calls, 0
+        self._calls = calls
+        self._numbers: Counter[str] = Counter()
 
     def __torch_function__(
         self,
@@ -115,8 +127,7 @@ class _Corrected(TorchFunctionMode):
         kwargs = kwargs or {}
         kind = family(func, args)
         if kind:
-            values = self._calls.get(str(self._number))
-            self._number += 1
+            values = self._calls.get(call_name(kind, self._numbers))
             if values:
                 args, kwargs = corrected(kind, args, kwargs, values)
         return func(*args, **kwargs)
@@ -138,7 +149,7 @@ def make_flexible(module: nn.Module, path: str, calls: Mapping[str, Named]) -> n
 
     Args:
         path: of the submodule; empty for `module` itself.
-        calls: number of the call in its forward, counted over the calls of `FAMILIES` -> what it gets.
+        calls: name of the call in its forward, "reshape 2" being the third of its family -> what it gets.
     """
     inner: Any = module.get_submodule(path)
     earlier = inner.flexible_calls if isinstance(inner, Flexible) else {}
@@ -146,8 +157,6 @@ def make_flexible(module: nn.Module, path: str, calls: Mapping[str, Named]) -> n
         kind = type(inner)
         inner.__class__ = type(f"Flexible{kind.__name__}", (Flexible, kind), {})
     # Where a network is pruned again the later sizes count; calls that only the earlier edit names keep theirs.
-    numbers = {*earlier, *calls}
-    inner.flexible_calls = {
-        number: {**earlier.get(number, {}), **calls.get(number, {})} for number in numbers
-    }
+    names = sorted({*earlier, *calls})
+    inner.flexible_calls = {name: {**earlier.get(name, {}), **calls.get(name, {})} for name in names}
     return module

@@ -7,22 +7,22 @@ known. What the pruned network's code then asks for instead is a correction that
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from cveff.compress.flexible import corrected, family, named
+from cveff.compress.flexible import call_name, corrected, family, named
 from cveff.compress.operators import operator_name
 from cveff.compress.trace import Trace
 
-Corrections = Mapping[str, Mapping[int, frozenset[str]]]
-"""Path of a module -> number of a call -> what has to be corrected in it."""
+Corrections = Mapping[str, Mapping[str, frozenset[str]]]
+"""Path of a module -> name of a call -> what has to be corrected in it."""
 
 _NODES: Mapping[str, frozenset[str]] = {
     "reshape": frozenset(["reshape", "view"]),
@@ -36,10 +36,10 @@ _Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class _Seen:
-    """A call: the innermost module that made it, its number there, its family and its result's shapes."""
+    """A call: the innermost module that made it, its name there, its family and its result's shapes."""
 
     path: str
-    number: int
+    name: str
     kind: str
     shapes: tuple[tuple[int, ...], ...]
 
@@ -49,36 +49,36 @@ class OwnCalls:
     """Calls of a network's modules, and the nodes they became.
 
     Attributes:
-        nodes: (path, number) -> the node, one for each time the module runs.
+        nodes: (path, name of the call) -> the node, one for each time the module runs.
         trace: the graph.
     """
 
     trace: Trace
-    nodes: Mapping[tuple[str, int], tuple[torch.fx.Node, ...]]
+    nodes: Mapping[tuple[str, str], tuple[torch.fx.Node, ...]]
 
-    def expected(self, path: str, number: int, shapes: _Shapes) -> dict[str, float]:
+    def expected(self, path: str, call: str, shapes: _Shapes) -> dict[str, float]:
         """What a call has to name once values have `shapes`; nothing where that is not known or not one answer.
 
         Args:
             shapes: node name -> shape after pruning.
         """
-        answers = [_expected(self.trace, node, shapes) for node in self.nodes.get((path, number), ())]
+        answers = [_expected(self.trace, node, shapes) for node in self.nodes.get((path, call), ())]
         return answers[0] if answers and all(answer == answers[0] for answer in answers) else {}
 
     def corrections(self, found: Corrections, shapes: _Shapes) -> dict[str, dict[str, dict[str, float]]]:
-        """The edit's corrections: path -> number (as text) -> position or "scale" -> value."""
+        """The edit's corrections: path -> name of the call -> position or "scale" -> value."""
         result: dict[str, dict[str, dict[str, float]]] = defaultdict(dict)
-        for path, numbers in found.items():
-            for number, keys in numbers.items():
-                expected = self.expected(path, number, shapes)
+        for path, calls in found.items():
+            for call, keys in calls.items():
+                expected = self.expected(path, call, shapes)
                 values = {key: expected[key] for key in sorted(keys) if key in expected}
                 if values:
-                    result[path][str(number)] = values
+                    result[path][call] = values
         return dict(result)
 
     def watch(
         self, module: nn.Module, images: torch.Tensor, shapes: _Shapes
-    ) -> tuple[Any, dict[str, dict[int, frozenset[str]]]]:
+    ) -> tuple[Any, dict[str, dict[str, frozenset[str]]]]:
         """Run a pruned network and correct its calls as it goes.
 
         Args:
@@ -89,12 +89,12 @@ class OwnCalls:
         Returns:
             the network's output, and what had to be corrected; (the exception, …) where it does not run.
         """
-        found: dict[str, dict[int, frozenset[str]]] = defaultdict(dict)
+        found: dict[str, dict[str, frozenset[str]]] = defaultdict(dict)
 
         def correct(
-            path: str, number: int, kind: str, args: Sequence[Any], kwargs: Mapping[str, Any]
+            path: str, call: str, kind: str, args: Sequence[Any], kwargs: Mapping[str, Any]
         ) -> tuple[Sequence[Any], Mapping[str, Any]]:
-            expected = self.expected(path, number, shapes)
+            expected = self.expected(path, call, shapes)
             asked = named(kind, args, kwargs)
             if kind == "attention":
                 wrong = expected if not asked else {}
@@ -102,7 +102,7 @@ class OwnCalls:
                 wrong = {key: expected[key] for key, size in asked.items() if size != expected.get(key, size)}
             if not wrong:
                 return args, kwargs
-            found[path][number] = frozenset(wrong)
+            found[path][call] = frozenset(wrong)
             return corrected(kind, args, kwargs, wrong)
 
         try:
@@ -121,9 +121,9 @@ def own_calls(module: nn.Module, trace: Trace, images: torch.Tensor) -> OwnCalls
     """
     seen: dict[str, list[_Seen]] = defaultdict(list)
 
-    def note(path: str, number: int, kind: str, result: Any) -> None:
+    def note(path: str, call: str, kind: str, result: Any) -> None:
         parts = result if isinstance(result, (tuple, list)) else (result,)
-        seen[path].append(_Seen(path, number, kind, tuple(tuple(part.shape) for part in parts)))
+        seen[path].append(_Seen(path, call, kind, tuple(tuple(part.shape) for part in parts)))
 
     with torch.no_grad(), _watching(module, after=note):
         module(images)
@@ -132,20 +132,20 @@ def own_calls(module: nn.Module, trace: Trace, images: torch.Tensor) -> OwnCalls
         kind = next((kind for kind, names in _NODES.items() if operator_name(node) in names), "")
         if node.op == "call_function" and kind:
             nodes[trace.modules[node.name]].append((node, kind))
-    matched: dict[tuple[str, int], tuple[torch.fx.Node, ...]] = defaultdict(tuple)
+    matched: dict[tuple[str, str], tuple[torch.fx.Node, ...]] = defaultdict(tuple)
     for path, calls in seen.items():
         for call, node in _common(calls, nodes.get(path, []), trace):
-            matched[(path, call.number)] += (node,)
+            matched[(path, call.name)] += (node,)
     return OwnCalls(trace, dict(matched))
 
 
-def merged(first: Corrections, second: Corrections) -> dict[str, dict[int, frozenset[str]]]:
+def merged(first: Corrections, second: Corrections) -> dict[str, dict[str, frozenset[str]]]:
     """Both corrections together."""
-    result = {path: dict(numbers) for path, numbers in first.items()}
-    for path, numbers in second.items():
-        for number, keys in numbers.items():
-            calls = result.setdefault(path, {})
-            calls[number] = calls.get(number, frozenset()) | keys
+    result = {path: dict(calls) for path, calls in first.items()}
+    for path, calls in second.items():
+        known = result.setdefault(path, {})
+        for call, keys in calls.items():
+            known[call] = known.get(call, frozenset()) | keys
     return result
 
 
@@ -198,8 +198,8 @@ def _expected(trace: Trace, node: torch.fx.Node, shapes: _Shapes) -> dict[str, f
     return {str(index): size for index, size in enumerate(shapes[node.name])}
 
 
-_Before = Callable[[str, int, str, Sequence[Any], Mapping[str, Any]], tuple[Sequence[Any], Mapping[str, Any]]]
-_After = Callable[[str, int, str, Any], None]
+_Before = Callable[[str, str, str, Sequence[Any], Mapping[str, Any]], tuple[Sequence[Any], Mapping[str, Any]]]
+_After = Callable[[str, str, str, Any], None]
 
 
 @dataclass
@@ -207,7 +207,7 @@ class _Frame:
     """A running module and how many calls it has made."""
 
     path: str
-    number: int = 0
+    numbers: Counter[str] = field(default_factory=Counter)
 
 
 class _Watching(TorchFunctionMode):
@@ -226,14 +226,13 @@ class _Watching(TorchFunctionMode):
         kind = family(func, args)
         if not kind or not self._running:
             return func(*args, **kwargs)
-        path, number = self._running[-1].path, self._running[-1].number
-        for frame in self._running:  # a module's calls are counted with its children's
-            frame.number += 1
+        # A module's calls are counted with its children's.
+        path, call = [(frame.path, call_name(kind, frame.numbers)) for frame in self._running][-1]
         if self._before is not None:
-            args, kwargs = self._before(path, number, kind, args, kwargs)
+            args, kwargs = self._before(path, call, kind, args, kwargs)
         result = func(*args, **kwargs)
         if self._after is not None:
-            self._after(path, number, kind, result)
+            self._after(path, call, kind, result)
         return result
 
 

@@ -22,7 +22,7 @@ class PruneChannels:
     Attributes:
         keep: path of a parameter or buffer -> dimension (as text) -> indices that stay, ascending.
         attributes: path of a module -> attribute -> value, for sizes that its code holds (`num_heads`, `groups`).
-        flexible: path of a module -> number of a call in its forward (as text) -> what that call gets instead of
+        flexible: path of a module -> name of a call in its forward ("reshape 2") -> what that call gets instead of
             what the code says; see `flexible.py`.
     """
 

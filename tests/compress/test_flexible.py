@@ -45,7 +45,8 @@ class Code(nn.Module):
 def test_a_call_gets_the_sizes_the_edit_holds(
     call: Callable[[Tensor], Tensor], correction: dict[str, float], expected: tuple[int, ...]
 ) -> None:
-    module = make_flexible(Code(call), "", {"0": correction})
+    names = [f"{kind} 0" for kind in ("reshape", "unflatten", "expand", "split")]
+    module = make_flexible(Code(call), "", dict.fromkeys(names, correction))
     assert tuple(module(torch.zeros(2, 18)).shape) == expected
 
 
@@ -53,7 +54,9 @@ def test_a_call_gets_the_sizes_the_edit_holds(
 def test_attention_gets_its_scale(options: dict[str, float]) -> None:
     x = torch.randn(1, 2, 3, 4)
     module = make_flexible(
-        Code(lambda x: F.scaled_dot_product_attention(x, x, x, **options)), "", {"0": {"scale": 0.7}}
+        Code(lambda x: F.scaled_dot_product_attention(x, x, x, **options)),
+        "",
+        {"attention 0": {"scale": 0.7}},
     )
     assert torch.equal(module(x), F.scaled_dot_product_attention(x, x, x, scale=0.7))
 
@@ -62,7 +65,7 @@ def test_calls_are_counted_anew_in_every_forward_and_others_are_left_alone() -> 
     module = make_flexible(
         Code(lambda x: x.view(torch.int32).view(torch.float32).reshape(-1).reshape(3, 4)),
         "",
-        {"1": {"0": 6, "1": 3}},
+        {"reshape 1": {"0": 6, "1": 3}},
     )
     for _ in range(2):
         assert module(torch.zeros(2, 9)).shape == (6, 3)
@@ -70,8 +73,8 @@ def test_calls_are_counted_anew_in_every_forward_and_others_are_left_alone() -> 
 
 def test_a_module_made_flexible_twice_keeps_earlier_corrections() -> None:
     outer = nn.Sequential(Code(lambda x: x.reshape(3, 4).reshape(5, 2)))
-    make_flexible(outer, "0", {"0": {"0": 6, "1": 3}})
-    make_flexible(outer, "0", {"1": {"0": 9, "1": 2}})
+    make_flexible(outer, "0", {"reshape 0": {"0": 6, "1": 3}})
+    make_flexible(outer, "0", {"reshape 1": {"0": 9, "1": 2}})
     assert outer(torch.zeros(2, 9)).shape == (9, 2)
     assert type(outer[0]).__mro__.count(Flexible) == 1
 
@@ -108,13 +111,13 @@ def test_calls_are_matched_with_the_nodes_they_became() -> None:
         for key, nodes in calls.nodes.items()
         if key[0] == "inner" and len(graph.shapes[nodes[0].name]) == 4
     ]
-    assert graph.shapes[node[0].name] == (1, 16, 3, 4) and inner == ("inner", 1)
+    assert graph.shapes[node[0].name] == (1, 16, 3, 4) and inner == ("inner", "reshape 1")
     wanted = {name: (1, 16, 3, 2) if name == node[0].name else shape for name, shape in graph.shapes.items()}
     net.inner.fc = nn.Linear(3, 6)
     net.last = nn.Linear(2, 5)
     _, found = calls.watch(net, images, wanted)
-    assert found["inner"] == {1: frozenset(["3"])}
-    assert calls.corrections({"inner": {1: frozenset(["3"])}}, wanted) == {"inner": {"1": {"3": 2}}}
+    assert found["inner"] == {"reshape 1": frozenset(["3"])}
+    assert calls.corrections(found, wanted)["inner"] == {"reshape 1": {"3": 2}}
 
 
 def test_hooks_are_gone_after_watching() -> None:

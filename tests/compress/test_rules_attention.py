@@ -164,3 +164,19 @@ def test_narrower_heads_keep_the_scale_they_were_trained_with() -> None:
     edit = analysis.edit({"attn.qkv": np.arange(6) < 4}, net)
     scales = [values["scale"] for values in edit.flexible["attn"].values() if "scale" in values]
     assert scales == [DIM**-0.5]
+
+
+@pytest.mark.parametrize("units", ["heads", "head_dims"])
+def test_attention_written_out_computes_what_the_fused_one_does(units: str) -> None:
+    """Exporters do it, and a call fewer must not shift the corrections of others."""
+    torch.manual_seed(0)
+    net = Net(Packed()).eval()
+    analysis = analyze(net, SPEC, attention=units)
+    random = np.random.default_rng(2)
+    keep = {group.name: random.permutation(group.size) < group.size // 2 - 1 for group in analysis.groups}
+    small = analysis.edit(keep, net).apply(net)
+    images = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        fused = small(images)
+        small.attn.fused = False
+        assert torch.allclose(small(images), fused, atol=1e-5)
