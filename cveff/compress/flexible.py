@@ -28,6 +28,8 @@ FAMILIES: Mapping[Callable[..., Any], str] = {
     torch.unflatten: "unflatten",
     torch.Tensor.split: "split",
     torch.split: "split",
+    torch.Tensor.chunk: "chunk",
+    torch.chunk: "chunk",
     torch.nn.functional.scaled_dot_product_attention: "attention",
 }
 """The calls that are counted and may be corrected."""
@@ -45,6 +47,9 @@ def named(kind: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str
     if kind == "attention":
         scale = kwargs.get("scale", args[6] if len(args) > 6 else None)
         return {} if scale is None else {"scale": scale}
+    if kind == "chunk":
+        _, sizes, _ = _chunks(args, kwargs)
+        return {str(index): size for index, size in enumerate(sizes)}
     sizes = _sizes(kind, args, kwargs)
     if sizes is None:
         return {}
@@ -52,10 +57,22 @@ def named(kind: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str
     return {str(index): int(size) for index, size in enumerate(listed) if isinstance(size, int) and size >= 0}
 
 
-def corrected(
+def call_corrected(
+    func: Callable[..., Any], kind: str, args: Sequence[Any], kwargs: Mapping[str, Any], values: Named
+) -> Any:
+    """Make a call with `values` in place of what it names."""
+    if kind == "chunk":
+        tensor, sizes, dim = _chunks(args, kwargs)
+        return torch.split(
+            tensor, [int(values.get(str(index), size)) for index, size in enumerate(sizes)], dim
+        )
+    arguments, options = _corrected(kind, args, kwargs, values)
+    return func(*arguments, **options)
+
+
+def _corrected(
     kind: str, args: Sequence[Any], kwargs: Mapping[str, Any], values: Named
 ) -> tuple[list[Any], dict[str, Any]]:
-    """A call's arguments with `values` in place of what it names."""
     arguments, options = list(args), dict(kwargs)
     if kind == "attention":
         del arguments[6:7]
@@ -76,6 +93,16 @@ def corrected(
     else:
         arguments[position:] = [tuple(new)]
     return arguments, options
+
+
+def _chunks(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[torch.Tensor, list[int], int]:
+    """The tensor that a chunk call cuts, the sizes of its parts, and along which dimension."""
+    tensor = args[0]
+    chunks = int(kwargs.get("chunks", args[1] if len(args) > 1 else 1))
+    dim = int(kwargs.get("dim", args[2] if len(args) > 2 else 0))
+    size = int(tensor.shape[dim])
+    part = -(-size // chunks)
+    return tensor, [min(part, size - start) for start in range(0, size, part)], dim
 
 
 _PLACES: Mapping[str, tuple[tuple[str, ...], int]] = {
@@ -129,7 +156,7 @@ class _Corrected(TorchFunctionMode):
         if kind:
             values = self._calls.get(call_name(kind, self._numbers))
             if values:
-                args, kwargs = corrected(kind, args, kwargs, values)
+                return call_corrected(func, kind, args, kwargs, values)
         return func(*args, **kwargs)
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from cveff.compress.flexible import call_name, corrected, family, named
+from cveff.compress.flexible import call_corrected, call_name, family, named
 from cveff.compress.operators import operator_name
 from cveff.compress.trace import Trace
 
@@ -29,6 +29,7 @@ _NODES: Mapping[str, frozenset[str]] = {
     "expand": frozenset(["expand"]),
     "unflatten": frozenset(["unflatten"]),
     "split": frozenset(["split", "split_with_sizes"]),
+    "chunk": frozenset(["chunk"]),
     "attention": frozenset(["scaled_dot_product_attention"]),
 }
 _Shapes = Mapping[str, tuple[int, ...]]
@@ -93,17 +94,18 @@ class OwnCalls:
 
         def correct(
             path: str, call: str, kind: str, args: Sequence[Any], kwargs: Mapping[str, Any]
-        ) -> tuple[Sequence[Any], Mapping[str, Any]]:
+        ) -> Mapping[str, float]:
             expected = self.expected(path, call, shapes)
             asked = named(kind, args, kwargs)
             if kind == "attention":
                 wrong = expected if not asked else {}
             else:
                 wrong = {key: expected[key] for key, size in asked.items() if size != expected.get(key, size)}
-            if not wrong:
-                return args, kwargs
-            found[path][call] = frozenset(wrong)
-            return corrected(kind, args, kwargs, wrong)
+            if wrong and kind in ("split", "chunk"):
+                wrong = expected  # the parts add up, so one that is right by chance is held as well
+            if wrong:
+                found[path][call] = frozenset(wrong)
+            return wrong
 
         try:
             with torch.no_grad(), _watching(module, correct):
@@ -184,12 +186,13 @@ def _expected(trace: Trace, node: torch.fx.Node, shapes: _Shapes) -> dict[str, f
         query: Any = node.args[0]
         before, after = trace.shapes[query.name][-1], shapes[query.name][-1]
         return {"scale": before**-0.5} if before != after and node.kwargs.get("scale") is None else {}
-    if name in ("split", "split_with_sizes"):
-        sizes = node.args[1]
+    if name in ("split", "split_with_sizes", "chunk"):
         dim = node.kwargs.get("dim", node.args[2] if len(node.args) > 2 else 0)
         parts = {int(user.args[1]): shapes[user.name][int(dim)] for user in node.users}  # type: ignore[arg-type]
-        if isinstance(sizes, (list, tuple)):
-            return {str(index): size for index, size in parts.items()}
+        if name == "chunk" and len(parts) < len(node.meta["val"]):
+            return {}  # a part that nobody reads has a size all the same
+        if name == "chunk" or isinstance(node.args[1], (list, tuple)):
+            return {str(index): size for index, size in sorted(parts.items())}
         return {"0": parts[0]} if 0 in parts else {}
     if name == "unflatten":
         dim, sizes = int(node.args[1]), node.args[2]  # type: ignore[arg-type]
@@ -198,7 +201,7 @@ def _expected(trace: Trace, node: torch.fx.Node, shapes: _Shapes) -> dict[str, f
     return {str(index): size for index, size in enumerate(shapes[node.name])}
 
 
-_Before = Callable[[str, str, str, Sequence[Any], Mapping[str, Any]], tuple[Sequence[Any], Mapping[str, Any]]]
+_Before = Callable[[str, str, str, Sequence[Any], Mapping[str, Any]], Mapping[str, float]]
 _After = Callable[[str, str, str, Any], None]
 
 
@@ -228,9 +231,8 @@ class _Watching(TorchFunctionMode):
             return func(*args, **kwargs)
         # A module's calls are counted with its children's.
         path, call = [(frame.path, call_name(kind, frame.numbers)) for frame in self._running][-1]
-        if self._before is not None:
-            args, kwargs = self._before(path, call, kind, args, kwargs)
-        result = func(*args, **kwargs)
+        values = self._before(path, call, kind, args, kwargs) if self._before is not None else {}
+        result = call_corrected(func, kind, args, kwargs, values) if values else func(*args, **kwargs)
         if self._after is not None:
             self._after(path, call, kind, result)
         return result

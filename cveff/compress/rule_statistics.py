@@ -34,15 +34,23 @@ def spatial(ownership: Ownership, node: torch.fx.Node) -> Any:
     """Pools and resizes over the last dimensions, which may not be channels."""
     owners = ownership.value(node.args[0])  # type: ignore[arg-type]
     shape = ownership.trace.shapes.get(node.name)
-    if shape is None:
-        return ownership.unknown(node)
+    if shape is None:  # the values and where they were
+        outputs = [tuple(int(size) for size in item.shape) for item in node.meta["val"]]
+        return tuple(_pooled(ownership, node, owners, size) for size in outputs)
+    return _pooled(ownership, node, owners, shape)
+
+
+def _pooled(
+    ownership: Ownership, node: torch.fx.Node, owners: torch.Tensor, shape: tuple[int, ...]
+) -> torch.Tensor:
     name = operator_name(node)
     spatial = 1 if "1d" in name else 3 if "3d" in name else 2
     if any(varies(owners, -1 - index) for index in range(spatial)):
         if not ownership.is_strict:
             return nobody(shape)
         if is_made(ownership, owners):
-            return ownership.unknown(node, "slides over channels")
+            result = ownership.unknown(node, "slides over channels")
+            return result if isinstance(result, torch.Tensor) else nobody(shape)
         # A table of positions that is resized: all positions of an entry are one.
         for index in range(spatial):
             table = columns(owners, owners.ndim - 1 - index)

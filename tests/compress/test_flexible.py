@@ -39,13 +39,15 @@ class Code(nn.Module):
         (lambda x: x[:, :1].expand(2, 7), {"1": 5}, (2, 5)),
         (lambda x: x.split([5, 12], 1)[1], {"0": 6, "1": 12}, (2, 12)),
         (lambda x: x.split(4, dim=1)[0], {"0": 6}, (2, 6)),
+        (lambda x: x.chunk(2, 1)[1], {"0": 6, "1": 12}, (2, 12)),
+        (lambda x: torch.chunk(x, 3, dim=1)[2], {"0": 5, "1": 5, "2": 8}, (2, 8)),
         (lambda x: torch.split(x, split_size_or_sections=[4, 4], dim=1)[1], {"0": 9, "1": 9}, (2, 9)),
     ],
 )
 def test_a_call_gets_the_sizes_the_edit_holds(
     call: Callable[[Tensor], Tensor], correction: dict[str, float], expected: tuple[int, ...]
 ) -> None:
-    names = [f"{kind} 0" for kind in ("reshape", "unflatten", "expand", "split")]
+    names = [f"{kind} 0" for kind in ("reshape", "unflatten", "expand", "split", "chunk")]
     module = make_flexible(Code(call), "", dict.fromkeys(names, correction))
     assert tuple(module(torch.zeros(2, 18)).shape) == expected
 

@@ -105,6 +105,16 @@ PRUNED: dict[str, tuple[Callable[[], nn.Module], dict[str, int]]] = {
         ),
         {"a": 16},
     ),
+    "a chunk into unequal parts": (
+        lambda: Net(
+            lambda s, x: s.fc(torch.cat([mean(F.relu(p)) for p in s.a(x).chunk(3, 1)], 1)), a=conv(3, 16), fc=fc(16)
+        ),
+        {"a": 10},
+    ),
+    "a pool that says where": (
+        lambda: Net(lambda s, x: s.fc(F.adaptive_max_pool2d(s.a(x), 1).flatten(1)), a=conv(3, 8), fc=fc(8)),
+        {"a": 8},
+    ),
     "a depthwise convolution": (
         lambda: Net(
             lambda s, x: s.fc(mean(s.dw(s.a(x)))), a=conv(3, 8), dw=conv(8, 8, 3, groups=8), fc=fc(8)
