@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 import traceback
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -113,17 +114,21 @@ def main() -> None:
     results = common.Results(
         out,
         __file__,
-        {"ratio": 0.5, "round_to": 8, "seed": 0, "threads": arguments.threads},
+        {"ratio": 0.5, "round_to": 8, "seed": 0, "threads": arguments.threads, "jobs": arguments.jobs},
         fresh=arguments.fresh,
     )
     rows = results.values.setdefault("rows", {})
-    for who in ("cveff", "torch-pruning"):
-        for name in names:
-            row = rows.setdefault(name, {})
-            if who not in row:
-                row[who] = in_process(name, who, arguments)
-                results.values["summary"] = summary(rows)
-                results.save()
+    missing = [
+        (who, name) for who in ("cveff", "torch-pruning") for name in names if who not in rows.get(name, {})
+    ]
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        pending = {pool.submit(in_process, name, who, arguments): (who, name) for who, name in missing}
+        for done in as_completed(pending):
+            who, name = pending[done]
+            rows.setdefault(name, {})[who] = done.result()
+            results.values["summary"] = summary(rows)
+            results.save()
+    results.values["rows"] = rows = {name: rows[name] for name in (*names, *rows) if name in rows}
     results.values["summary"] = summary(rows)
     results.save()
     common.table("Half of every group", COLUMNS, [shown(name, rows[name]) for name in names])
@@ -134,6 +139,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--peer-python", default=sys.executable, help="interpreter that has torch-pruning")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--jobs", type=int, default=1, help="rows at a time; above 1 they share the cores")
     parser.add_argument("--limit", type=int, default=900, help="seconds a row may take")
     parser.add_argument("--quick", action="store_true", help="two architectures")
     parser.add_argument("--fresh", action="store_true", help="measure again what is in the JSON file")
