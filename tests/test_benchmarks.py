@@ -41,6 +41,7 @@ HELPERS = (
     "dense_models",
     "peers",
     "photos",
+    "torch_pruning_peer",
     "trained",
     "workshop",
 )

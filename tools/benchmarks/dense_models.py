@@ -47,7 +47,7 @@ def _adamw(epochs: int, learning_rate: float, precision: str) -> Train:
 
 MODELS = {
     # Depthwise convolutions train faster in float32 than in bfloat16 on processors that have both.
-    "mobile": Dense("mobilenetv4_conv_small", _adamw(12, 2e-3, "fp32"), _adamw(4, 1e-3, "fp32")),
+    "mobile": Dense("mobilenetv4_conv_small", _adamw(20, 2e-3, "fp32"), _adamw(4, 1e-3, "fp32")),
     "resnet": Dense(
         "resnet18",
         _adamw(10, 2e-3, "auto"),

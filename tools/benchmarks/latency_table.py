@@ -131,6 +131,10 @@ def main() -> None:
                 arguments.engine, threads, None if arguments.keep else Path(temporary) / "tables"
             )
             if "predictions" not in cell:
+                if table.path.is_file():
+                    # An older table may hold times of a busier machine.
+                    table.path.unlink()
+                    table = BlockLatency(arguments.engine, threads, table.path.parent)
                 cell |= whole_models(files, networks, operations, table, arguments)
                 results.save()
             show_predictions(threads, cell)

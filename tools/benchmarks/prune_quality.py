@@ -6,212 +6,215 @@ number of epochs with the same optimizer: torch-pruning with labels, as it is do
 distillation, so that what pruning brings is told from what the teacher brings. Choices are made on 5,000 images of
 the training set; figures are of the 10,000 test images.
 
+Training, whose time nobody measures, runs in two processes of one thread each; pruning measures times, alone. On two
+cores it is some hours in all.
+
 python tools/benchmarks/prune_quality.py                        # all; stopped at any moment it goes on where it was
 python tools/benchmarks/prune_quality.py --only mobile --seeds 0
+python tools/benchmarks/prune_quality.py --until pruned         # what needs a quiet machine, and no more
 python tools/benchmarks/prune_quality.py --quick                # one epoch of everything: that it works
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
+import multiprocessing
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import common
 import dense_models
 import torch
-from torch import nn
+import torch_pruning_peer
 
 import cveff
 import cveff.data
 from cveff.compress import Distill, Prune
-from cveff.compress.samples import samples
-from cveff.data import Data
 from cveff.export.timer import EngineTimer
-from cveff.model import Model
+from cveff.measure.threads import usable_cores
 from cveff.pipeline import evaluate
 from cveff.target import load_target
 
 LATENCY = 0.5
 MARGIN_POINTS, MAX_DROP_POINTS = 0.2, 0.5
-PEERS = ("magnitude", "taylor")
-RATIO_STEPS = 7
+OURS = "cveff"
+PEERS = {f"torch-pruning {criterion}": criterion for criterion in torch_pruning_peer.CRITERIA}
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """One training after pruning: which network and seed, who pruned, and who teaches."""
+
+    network: str
+    seed: int
+    pruner: str
+    kind: str
+
+    @property
+    def row(self) -> str:
+        """The network's row in the results."""
+        return f"{self.network}-{self.seed}"
+
+    @property
+    def key(self) -> str:
+        """The figures' name in that row."""
+        return f"{self.pruner}, {self.kind}"
 
 
 def main() -> None:
     arguments = _arguments()
-    torch.set_num_threads(arguments.threads)
     results = common.Results(
         arguments.out, __file__, {"latency": LATENCY, "epochs": arguments.epochs}, fresh=arguments.fresh
     )
-    data = cveff.data.load("fashion-mnist", seed=0)
     rows = results.values.setdefault("rows", {})
-    for name in arguments.only:
-        for seed in arguments.seeds:
-            row = rows.setdefault(f"{name}-{seed}", {})
-            _run(name, seed, row, data, arguments, results)
+    names = [(network, seed) for seed in arguments.seeds for network in arguments.only]
+    with _pool(arguments) as pool:
+        for done in [pool.submit(_dense, *name, arguments.models, arguments.epochs) for name in names]:
+            done.result()
+    if arguments.until != "dense":
+        _prune_all(names, rows, arguments, results)
+    if arguments.until is None:
+        _recover_all(names, rows, arguments, results)
     results.values["summary"] = _summary(rows)
     results.save()
     _print(results.values)
 
 
-def _run(
-    name: str,
-    seed: int,
-    row: dict[str, Any],
-    data: Data,
+def _pool(arguments: argparse.Namespace) -> ProcessPoolExecutor:
+    """Processes for work whose time nobody measures."""
+    threads = max(1, usable_cores() // arguments.jobs)
+    return ProcessPoolExecutor(
+        arguments.jobs, multiprocessing.get_context("spawn"), torch.set_num_threads, (threads,)
+    )
+
+
+def _dense(network: str, seed: int, folder: Path, epochs: int | None) -> None:
+    data = cveff.data.load("fashion-mnist", seed=0)
+    dense_models.dense(network, seed, data, folder, common.Lines(f"{network}-{seed}"), epochs)
+
+
+def _prune_all(
+    names: Sequence[tuple[str, int]],
+    rows: dict[str, Any],
     arguments: argparse.Namespace,
     results: common.Results,
 ) -> None:
-    """Fill in whatever of one row is missing."""
-    settings = dense_models.MODELS[name]
-    recover = settings.recover
-    if arguments.epochs:
-        recover = replace(recover, epochs=1, warmup_epochs=0.0)
-    progress = common.Lines(f"{name}-{seed}")
-    model = dense_models.dense(name, seed, data, arguments.models, progress, arguments.epochs)
-    if "dense" not in row:
-        row["dense"] = {"accuracy": evaluate(model, data), "parameters": model.num_parameters}
-        results.save()
+    """Prune with every tool, one after the other: times are measured here, so nothing else may run."""
+    data = cveff.data.load("fashion-mnist", seed=0)
     target = load_target("edge-cpu")
-    with EngineTimer(target, "onnxruntime") as timer:
-        plain = Distill(alpha=0.0, train=replace(recover, label_smoothing=0.1))
-        taught = Distill(train=recover)
+    for network, seed in names:
+        row = rows.setdefault(f"{network}-{seed}", {})
+        progress = common.Lines(f"{network}-{seed}")
+        model = cveff.load(arguments.models / f"{network}-{seed}")
+        if "dense" not in row:
+            row["dense"] = {"accuracy": evaluate(model, data), "parameters": model.num_parameters}
+            results.save()
+        for pruner in (OURS, *PEERS):
+            if pruner in row:
+                continue
+            figures: dict[str, Any] = {}
+            start = time.monotonic()
+            with EngineTimer(target, "onnxruntime") as timer:
+                if pruner == OURS:
+                    step = Prune(latency=LATENCY)
+                    small = cveff.apply(
+                        model, step, data=data, seed=seed, timer=timer, target=target, progress=progress
+                    )
+                    cveff.save(small, _pruned_folder(arguments.models, network, seed))
+                else:
+                    figures["ratio"], small = torch_pruning_peer.to_latency(
+                        model, PEERS[pruner], data, timer, seed, LATENCY, progress
+                    )
+                figures["seconds"] = time.monotonic() - start
+                times = timer.milliseconds({"dense": model, "small": small})
+            row[pruner] = {
+                **figures,
+                "accuracy": evaluate(small, data),
+                "latency": times["small"] / times["dense"],
+                "dense_ms": times["dense"],
+                "parameters": small.num_parameters,
+            }
+            progress.message(f"{pruner}: {row[pruner]}")
+            results.save()
 
-        def ours() -> Model:
-            prune = Prune(latency=LATENCY)
-            return cveff.apply(
-                model, prune, data=data, seed=seed, timer=timer, target=target, progress=progress
-            )
 
-        jobs: dict[str, Callable[[], Model]] = {
-            "cveff": ours,
-            **{
-                f"torch-pruning {criterion}": partial(_peer, model, criterion, data, timer, seed, progress)
-                for criterion in PEERS
-            },
-        }
-        kinds = {job: {"labels": plain} for job in jobs}
-        kinds["cveff"]["distilled"] = taught
-        for job, prune in jobs.items():
-            _recover(job, prune, kinds[job], row, model, data, seed, timer, progress, results)
-        # The teacher is worth as much to the peer: its better criterion, by the images choices are made on.
-        best = max(PEERS, key=lambda criterion: row[f"torch-pruning {criterion}, labels"]["val"])
-        job = f"torch-pruning {best}"
-        _recover(job, jobs[job], {"distilled": taught}, row, model, data, seed, timer, progress, results)
-
-
-def _recover(
-    job: str,
-    prune: Callable[[], Model],
-    kinds: dict[str, Distill],
-    row: dict[str, Any],
-    model: Model,
-    data: Data,
-    seed: int,
-    timer: EngineTimer,
-    progress: common.Lines,
+def _recover_all(
+    names: Sequence[tuple[str, int]],
+    rows: dict[str, Any],
+    arguments: argparse.Namespace,
     results: common.Results,
 ) -> None:
-    """Prune once, recover in every way that is not done yet, and keep the figures."""
-    if all(f"{job}, {kind}" in row for kind in kinds):
-        return
-    start = time.monotonic()
-    small = prune()
-    seconds = time.monotonic() - start
-    times = timer.milliseconds({"dense": model, "small": small})
-    before = evaluate(small, data)
-    for kind, recovery in kinds.items():
-        if f"{job}, {kind}" in row:
-            continue
-        recovered = cveff.apply(small, recovery, data=data, seed=seed, teacher=model, progress=progress)
-        row[f"{job}, {kind}"] = {
-            "accuracy": evaluate(recovered, data),
-            "val": evaluate(recovered, replace(data, test=None)),
-            "before_recovery": before,
-            "latency": times["small"] / times["dense"],
-            "dense_ms": times["dense"],
-            "parameters": small.num_parameters,
-            "seconds": seconds,
+    """Train what was pruned, several at a time."""
+    kinds = [(OURS, "distilled"), *((peer, "labels") for peer in PEERS), (OURS, "labels")]
+    _train([Recovery(*name, *kind) for name in names for kind in kinds], rows, arguments, results)
+    # The teacher is worth as much to the peer: its better criterion, by the images choices are made on.
+    better = [max(PEERS, key=lambda peer: rows[f"{n}-{s}"][f"{peer}, labels"]["val"]) for n, s in names]
+    again = [Recovery(*name, peer, "distilled") for name, peer in zip(names, better, strict=True)]
+    _train(again, rows, arguments, results)
+
+
+def _train(
+    tasks: Sequence[Recovery], rows: dict[str, Any], arguments: argparse.Namespace, results: common.Results
+) -> None:
+    with _pool(arguments) as pool:
+        running = {
+            pool.submit(_recover, task, rows[task.row][task.pruner], arguments.models, arguments.epochs): task
+            for task in tasks
+            if task.key not in rows[task.row]
         }
-        progress.message(f"{job}, {kind}: {row[f'{job}, {kind}']}")
-        results.save()
+        for done in as_completed(running):
+            task = running[done]
+            rows[task.row][task.key] = done.result()
+            common.Lines(task.row).message(f"{task.key}: {rows[task.row][task.key]}")
+            results.save()
 
 
-def _peer(
-    model: Model, criterion: str, data: Data, timer: EngineTimer, seed: int, progress: common.Lines
-) -> Model:
-    """torch-pruning at the smallest ratio whose exported file meets the latency: bisected, and measured each time."""
-    assert data.train is not None
-    batches = samples(data.train, model.spec.input, 512, seed=seed)
-    low, high, best = 0.1, 0.95, None
-    for _ in range(RATIO_STEPS):
-        ratio = (low + high) / 2
-        small = Model(model.spec, _torch_pruning(model, criterion, ratio, batches))
-        times = timer.milliseconds({"dense": model, "small": small})
-        share = times["small"] / times["dense"]
-        progress.message(f"torch-pruning {criterion} ratio {ratio:.3f}: {share:.3f} of the latency")
-        if share <= LATENCY * 1.01:
-            high, best = ratio, small
-        else:
-            low = ratio
-    if best is None:
-        raise SystemExit(f"torch-pruning {criterion} does not reach {LATENCY} of the latency at ratio 0.95")
-    return best
-
-
-def _torch_pruning(model: Model, criterion: str, ratio: float, batches: Any) -> nn.Module:
-    """Its documented way: group importance, rounded to 8, the classifier left alone, attention by heads."""
-    import torch_pruning as tp
-    from timm.models.vision_transformer import Attention
-
-    module = copy.deepcopy(model.module).eval()
-    example = batches[0][0][:1]
-    heads = {}
-    for inner in module.modules():
-        if isinstance(inner, Attention):
-            inner.fused_attn = False
-            heads[inner.qkv] = inner.num_heads
-    importance = (
-        tp.importance.GroupTaylorImportance()
-        if criterion == "taylor"
-        else tp.importance.GroupMagnitudeImportance(p=2)
+def _recover(task: Recovery, pruned: dict[str, Any], folder: Path, epochs: int | None) -> dict[str, Any]:
+    """Train one pruned network; stopped, it goes on where it was."""
+    data = cveff.data.load("fashion-mnist", seed=0)
+    dense = cveff.load(folder / task.row)
+    if task.pruner == OURS:
+        small = cveff.load(_pruned_folder(folder, task.network, task.seed))
+    else:
+        small = torch_pruning_peer.prune(dense, PEERS[task.pruner], pruned["ratio"], data, task.seed)
+    if small.num_parameters != pruned["parameters"]:
+        raise SystemExit(
+            f"{task.row}, {task.pruner}: {small.num_parameters} parameters, but {pruned['parameters']} were timed; "
+            "start anew with --fresh"
+        )
+    train = dense_models.MODELS[task.network].recover
+    if epochs:
+        train = replace(train, epochs=epochs, warmup_epochs=0.0)
+    step = (
+        Distill(train=train)
+        if task.kind == "distilled"
+        else Distill(alpha=0.0, train=replace(train, label_smoothing=0.1))
     )
-    ignored = [
-        layer
-        for layer in module.modules()
-        if isinstance(layer, nn.Linear) and layer.out_features == len(model.spec.labels)
-    ]
-    pruner = tp.pruner.BasePruner(
-        module,
-        example,
-        importance=importance,
-        pruning_ratio=ratio,
-        ignored_layers=ignored,
-        num_heads=heads,
-        prune_num_heads=bool(heads),
-        head_pruning_ratio=ratio,
-        round_to=8,
+    recovered = cveff.apply(
+        small,
+        step,
+        data=data,
+        seed=task.seed,
+        teacher=dense,
+        progress=common.Lines(f"{task.row} {task.key}"),
+        folder=folder / f"{task.row}-{task.key.replace(', ', '-').replace(' ', '-')}-training",
+        resume=True,
     )
-    if criterion == "taylor":
-        module.zero_grad()
-        for images, targets in batches:
-            nn.functional.cross_entropy(module(images), targets).backward()
-    pruner.step()
-    for inner in module.modules():
-        if isinstance(inner, Attention):
-            inner.num_heads = pruner.num_heads[inner.qkv]
-            inner.head_dim = inner.qkv.out_features // (3 * inner.num_heads)
-            inner.attn_dim = inner.num_heads * inner.head_dim
-            inner.fused_attn = True
-    module.zero_grad(set_to_none=True)
-    return module.requires_grad_(True)
+    return {
+        "accuracy": evaluate(recovered, data),
+        "val": evaluate(recovered, replace(data, test=None)),
+        "latency": pruned["latency"],
+        "parameters": recovered.num_parameters,
+    }
+
+
+def _pruned_folder(folder: Path, network: str, seed: int) -> Path:
+    return folder / f"{network}-{seed}-pruned"
 
 
 def _summary(rows: dict[str, Any]) -> dict[str, Any]:
@@ -219,7 +222,9 @@ def _summary(rows: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     networks: dict[str, list[dict[str, Any]]] = {}
     for key, row in rows.items():
-        if len(row) >= 1 + 2 + len(PEERS) + 1:
+        if all(f"{OURS}, {kind}" in row for kind in ("distilled", "labels")) and any(
+            f"{peer}, distilled" in row for peer in PEERS
+        ):
             networks.setdefault(key.rpartition("-")[0], []).append(row)
     for network, done in networks.items():
         found[network] = {
@@ -244,7 +249,7 @@ def _summary(rows: dict[str, Any]) -> dict[str, Any]:
 
 
 def _best(row: dict[str, Any], kind: str) -> float:
-    found = (row.get(f"torch-pruning {criterion}, {kind}") for criterion in PEERS)
+    found = (row.get(f"{peer}, {kind}") for peer in PEERS)
     return max(values["accuracy"] for values in found if values is not None)
 
 
@@ -280,7 +285,8 @@ def _arguments() -> argparse.Namespace:
         "--only", nargs="+", choices=list(dense_models.MODELS), default=list(dense_models.MODELS)
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--jobs", type=int, default=2, help="trainings at a time")
+    parser.add_argument("--until", choices=("dense", "pruned"), help="stop after this stage")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--fresh", action="store_true")
     parser.add_argument("--models", type=Path)
