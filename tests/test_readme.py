@@ -106,7 +106,7 @@ def test_tables_of_readme_and_docs_are_those_of_the_committed_results() -> None:
 def tables(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
     yield importlib.import_module("readme_tables")
-    for name in ("readme_tables", "choices_tables"):
+    for name in ("readme_tables", "choices_tables", "compression_tables"):
         sys.modules.pop(name, None)
 
 

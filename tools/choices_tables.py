@@ -181,51 +181,6 @@ def export_table(values: Values) -> str:
     return text
 
 
-def prune_coverage(values: Values) -> str:
-    """One row an architecture: what the analysis found, what was left, and what the peer did."""
-    rows = []
-    for name, row in values["rows"].items():
-        mine, peer = row.get("cveff"), row.get("torch-pruning")
-        if mine is None:
-            continue
-        cells = ["–"] * 5
-        if len(mine.get("parameters", ())) == 2:
-            macs, parameters = (
-                [f"{value / unit:.2f}" for value in mine[key]]
-                for key, unit in (("macs", 1e9), ("parameters", 1e6))
-            )
-            cells = [
-                str(mine["groups"]),
-                str(len(mine["frozen"])),
-                " → ".join(macs),
-                " → ".join(parameters),
-                f"{mine['oracle']:.0e}",
-            ]
-        rows.append(
-            [
-                f"`{name}`",
-                "yes" if mine["ok"] else "no",
-                *cells,
-                "–" if peer is None else "yes" if peer["ok"] else "no",
-            ]
-        )
-    header = [
-        "architecture",
-        "prunes",
-        "groups",
-        "frozen",
-        "GMAC",
-        "million parameters",
-        "from the law",
-        "torch-pruning",
-    ]
-    text = markdown(header, rows)
-    for name, row in values["rows"].items():
-        if not row.get("cveff", {}).get("ok", True):
-            text += f"\n`{name}`: {row['cveff'].get('error', 'differs')}\n"
-    return text
-
-
 def interval(ratio: Values) -> str:
     """A median ratio with its confidence interval."""
     return f"{ratio['median']:.2f} ({ratio['low']:.2f}–{ratio['high']:.2f})"

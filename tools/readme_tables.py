@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import choices_tables
+import compression_tables
 from choices_tables import markdown
 
 from cveff.files import atomic_path, write_text
@@ -148,8 +149,8 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "lite0_intervals": ("lite0", lite0_intervals),
     "startup": ("startup", startup),
     "export_table": ("export_table", choices_tables.export_table),
-    "prune_coverage": ("prune_coverage", choices_tables.prune_coverage),
     **{name: ("choices", make) for name, make in choices_tables.TABLES.items()},
+    **{name: (name, make) for name, make in compression_tables.TABLES.items()},
 }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -15,7 +14,7 @@ from cveff.compress.sizes import Sizes
 from cveff.compress.trace import Trace, trace
 from cveff.errors import StepError
 from cveff.measure.block_latency import BlockLatency
-from cveff.measure.threads import usable_cores
+from cveff.measure.threads import busy_cores, usable_cores
 from cveff.model import Model, with_module
 from cveff.progress import Progress
 from cveff.steps import ModelTimer
@@ -25,6 +24,8 @@ CLOSE = 0.03
 OVER = 0.01
 """How far above the goal a measured latency may be: what two measurements of one file differ by."""
 ATTEMPTS = 8
+BUSY = 0.3
+"""Cores that others keep busy past which a warning is due: an engine's threads wait for the slowest of them."""
 
 
 class LatencyGoal:
@@ -65,10 +66,11 @@ class LatencyGoal:
         Raises:
             StepError: the smallest network the settings allow is slower; the message says how fast it is.
         """
-        load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-        if load > usable_cores():
+        others = busy_cores()
+        if others is not None and others > BUSY:
             self._progress.message(
-                f"warning: {load:.0f} programs run on {usable_cores()} cores; latencies measured now may mislead"
+                f"warning: other programs keep {others:.1f} of {usable_cores()} cores busy; latencies measured now "
+                "may mislead"
             )
         whole = self.predict(trace(self._reference.module, self._reference.spec.input))
         wanted, low, high = share * whole, 0.0, whole  # predicted milliseconds, and what brackets them

@@ -1,10 +1,9 @@
 """Latency of several predictors in one process, compared in pairs.
 
-Engines keep thread pools that spin for some milliseconds after a run, and a machine's speed drifts over
-seconds.
-So candidates run in short blocks, in a freshly shuffled order every round: the first calls of a block,
-which the previous engine's threads still disturb, are discarded, and ratios are taken within a round,
-where the drift is the same for both. Medians of those ratios carry order-statistic confidence intervals,
+Engines keep thread pools that spin for tens of milliseconds after a run, and a machine's speed drifts over seconds.
+So candidates run in short blocks, in a freshly shuffled order every round: a block begins when no thread of the
+process runs any more, its first calls, which wake the engine's own threads, are discarded, and ratios are taken
+within a round, where the drift is the same for both. Medians of those ratios carry order-statistic confidence intervals,
 which assume no distribution. Times are in milliseconds a call.
 """
 
@@ -24,7 +23,7 @@ import numpy as np
 
 from cveff.errors import CveffError
 from cveff.measure.predictor import Predictor
-from cveff.measure.threads import usable_cores
+from cveff.measure.threads import rest, usable_cores
 
 Clock = Callable[[], float]
 
@@ -33,9 +32,9 @@ BLOCK_MS = 40.0
 MIN_CALLS = 3
 """Timed calls in a block at least, unless one call alone takes longer than `LONG_CALL_MS`."""
 LONG_CALL_MS = 250.0
-"""Past this a block is one discarded and one timed call: nothing spins that long."""
+"""Past this a block is one discarded and one timed call."""
 SETTLE_MS = 10.0
-"""A block opens with at least this much time of discarded calls: other engines' threads sleep by then."""
+"""A block opens with at least this much time of discarded calls: the engine's threads and caches are warm by then."""
 
 FEWEST_ROUNDS = 3
 OVERRUN = 3
@@ -148,6 +147,7 @@ def compare(
     precision: float = 0.02,
     seed: int = 0,
     clock: Clock = time.perf_counter,
+    rest: Callable[[], None] = rest,
 ) -> LatencyResult:
     """Time every predictor on the same batch, interleaved.
 
@@ -165,6 +165,7 @@ def compare(
         precision: half width of the interval that is narrow enough, relative to the median.
         seed: of the order within rounds.
         clock: seconds; tests inject their own.
+        rest: called before each block of another candidate than the last; returns when no thread is left running.
 
     Raises:
         CveffError: no predictor, an unknown reference, an empty batch, or bounds that contradict each other.
@@ -187,10 +188,13 @@ def compare(
     start = clock()
     with _no_garbage_collection():
         lengths = {name: _block_length(predictor, images, clock) for name, predictor in predictors.items()}
-        order, num_rounds = list(predictors), 0
+        order, num_rounds, last = list(predictors), 0, list(predictors)[-1]
         while num_rounds < max_rounds:
             shuffle(order)
             for name in order:
+                if name != last:
+                    rest()
+                last = name
                 times = _block(predictors[name], images, lengths[name], clock)
                 calls[name].extend(times)
                 rounds[name].append(float(np.median(times)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,52 @@ from pathlib import Path
 from cveff.errors import CveffError
 from cveff.runtime.machine import usable_cores
 
-__all__ = ["pinned_threads", "usable_cores"]
+__all__ = ["busy_cores", "pinned_threads", "rest", "usable_cores"]
+
+_PAUSE = 0.3
+"""Seconds of `busy_cores`: the kernel counts in hundredths."""
+
+
+_STEP, _LONGEST = 0.005, 0.2
+
+
+def rest() -> None:
+    """Sleep until this process's other threads do: pools spin after a run (ONNX Runtime's for some 40 ms), and one that
+    still spins leaves the next engine a core less, for as long as the scheduler takes to notice."""
+    for _ in range(round(_LONGEST / _STEP)):
+        before = time.process_time()
+        time.sleep(_STEP)
+        if time.process_time() - before < _STEP / 10:
+            return
+
+
+def busy_cores() -> float | None:
+    """Cores that work while this process sleeps for a moment: what others take from a measurement.
+
+    Load averages would not tell: they remember this process's own threads for minutes.
+
+    Returns:
+        from 0 to the machine's cores; None where the system does not say (macOS, Windows).
+    """
+    before = _busy_seconds()
+    if before is None:
+        return None
+    start = time.perf_counter()
+    time.sleep(_PAUSE)
+    after = _busy_seconds()
+    assert after is not None
+    return max(0.0, after - before) / (time.perf_counter() - start)
+
+
+def _busy_seconds() -> float | None:
+    """Seconds every core together was not idle since the machine started."""
+    path = Path("/proc/stat")
+    if not path.is_file():
+        return None
+    fields = [int(field) for field in path.read_text(encoding="ascii").splitlines()[0].split()[1:9]]
+    user, nice, system, _, _, interrupt, soft_interrupt, stolen = fields
+    ticks = user + nice + system + interrupt + soft_interrupt + stolen
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 @contextmanager

@@ -1,0 +1,234 @@
+"""Tables of docs/ about compression, made from the committed results of the benchmarks of the same names."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from choices_tables import markdown
+
+Values = dict[str, Any]
+
+
+def prune_coverage(values: Values) -> str:
+    """One row an architecture: what the analysis found, what was left, and what the peer did."""
+    rows = []
+    for name, row in values["rows"].items():
+        mine, peer = row.get("cveff"), row.get("torch-pruning")
+        if mine is None:
+            continue
+        cells = ["–"] * 5
+        if len(mine.get("parameters", ())) == 2:
+            macs, parameters = (
+                [f"{value / unit:.2f}" for value in mine[key]]
+                for key, unit in (("macs", 1e9), ("parameters", 1e6))
+            )
+            cells = [
+                str(mine["groups"]),
+                str(len(mine["frozen"])),
+                " → ".join(macs),
+                " → ".join(parameters),
+                f"{mine['oracle']:.0e}",
+            ]
+        rows.append(
+            [
+                f"`{name}`",
+                "yes" if mine["ok"] else "no",
+                *cells,
+                f"{mine['analysis_s']:.1f} s" if "analysis_s" in mine else "–",
+                "–" if peer is None else "yes" if peer["ok"] else "no",
+            ]
+        )
+    header = [
+        "architecture",
+        "prunes",
+        "groups",
+        "frozen",
+        "GMAC",
+        "million parameters",
+        "from the law",
+        "planned in",
+        "torch-pruning",
+    ]
+    text = markdown(header, rows)
+    for name, row in values["rows"].items():
+        if not row.get("cveff", {}).get("ok", True):
+            text += f"\n`{name}`: {row['cveff'].get('error', 'differs')}\n"
+    return text
+
+
+def latency_table(values: Values) -> str:
+    """How blocks and MACs rank and predict held-out models."""
+    rows = []
+    for threads, cell in values["threads"].items():
+        for index, half in enumerate(cell["held_out"]):
+            blocks, macs = half["blocks"], half["macs"]
+            rows.append(
+                [
+                    f"{threads}, half {index + 1}",
+                    f"**{blocks['spearman']:.3f}**",
+                    f"{macs['spearman']:.3f}",
+                    f"**{100 * blocks['mean_error']:.0f}%**",
+                    f"{100 * macs['mean_error']:.0f}%",
+                ]
+            )
+    header = ["threads", "rank correlation", "that of MACs", "mean error", "that of MACs"]
+    return markdown(header, rows)
+
+
+def latency_goals(values: Values) -> str:
+    """What was asked of each architecture, and what its file takes."""
+    rows = []
+    for key, pair in values["pairs"].items():
+        measured, off = "–", pair.get("message", "")
+        if pair.get("error") is not None:
+            measured, off = f"{pair['share']:.3f}", f"{100 * (pair['share'] / pair['goal'] - 1):+.1f}%"
+        name = key.rpartition(" ")[0]
+        rows.append(
+            [f"`{name}`", f"{pair['goal']:.2f}", measured, off, f"{pair.get('macs', 0):.2f}", f"{pair['seconds']:.0f} s"]
+        )
+    return markdown(["architecture", "goal", "measured", "off by", "MACs left", "planned in"], rows)
+
+
+def prune_quality(values: Values) -> str:
+    """Means over seeds of every network and method."""
+    networks: dict[str, list[Values]] = {}
+    for key, row in values["rows"].items():
+        networks.setdefault(key.rpartition("-")[0], []).append(row)
+    rows = []
+    for network, seeds in networks.items():
+        for method in dict.fromkeys(name for row in seeds for name in row if name == "dense" or ", " in name):
+            found = [row[method] for row in seeds if method in row]
+            parameters = statistics.mean(item["parameters"] for item in found)
+            rows.append(
+                [
+                    f"{network}, {method}",
+                    _percent([item["accuracy"] for item in found]),
+                    f"{statistics.mean(item.get('latency', 1.0) for item in found):.2f}",
+                    f"{parameters / 1000:,.0f} k",
+                    str(len(found)),
+                ]
+            )
+    return markdown(["network, method and recovery", "test accuracy", "latency", "parameters", "seeds"], rows)
+
+
+def compress_chain(values: Values) -> str:
+    """Every step of the chain, and the bundle at its end."""
+    rows = []
+    for name, network in values["networks"].items():
+        for step, found in network["steps"].items():
+            rows.append(
+                [
+                    f"{name}, {step}",
+                    f"{100 * found['accuracy']:.2f}%",
+                    f"{1 / found['share']:.2f}×",
+                    f"{found['parameters'] / 1000:,.0f} k",
+                ]
+            )
+        bundle = network["bundle"]
+        rows.append(
+            [
+                f"{name}, the bundle ({bundle['engine']} {bundle['precision']})",
+                f"**{100 * bundle['accuracy']:.2f}%**",
+                f"**{bundle['speedup']:.2f}×**",
+                "",
+            ]
+        )
+    return markdown(["after", "test accuracy", "times as fast as dense float32", "parameters"], rows)
+
+
+def low_rank(values: Values) -> str:
+    """The costliest layers: the least error among factors that are 5 % faster as measured."""
+    rows = []
+    for name, model in values["models"].items():
+        for path, layer in model["layers"].items():
+            fast = [row for row in layer["ranks"] if row["milliseconds"] <= 0.95 * layer["milliseconds"]]
+            best = min(fast, key=lambda row: row["whitened_error"], default=None)
+            cells = ["none is faster", "", "", ""]
+            if best is not None:
+                cells = [
+                    f"{best['method']} {'×'.join(map(str, best['rank']))}",
+                    f"{best['milliseconds']:.3f} ms",
+                    f"{100 * best['plain_error']:.1f}%",
+                    f"{100 * best['whitened_error']:.1f}%",
+                ]
+            shape = "×".join(map(str, layer["shape"]))
+            rows.append([f"{name} `{path}` {shape}", f"{layer['milliseconds']:.3f} ms", *cells])
+    return markdown(["layer", "time", "factors", "time", "plain error", "whitened error"], rows)
+
+
+def importance(values: Values) -> str:
+    """Accuracy without training, by criterion, repair and scope: one table a model."""
+    text = ""
+    columns = (
+        ("local", "nothing"),
+        ("local", "batch norms"),
+        ("local", "compensation, batch norms"),
+        ("global", "compensation, batch norms"),
+        ("isomorphic", "compensation, batch norms"),
+    )
+    for name, model in values["models"].items():
+        text += f"\n`{name}`, dense {100 * model['dense']:.1f} %, {model['test_images']} test images:\n\n"
+        rows = []
+        for key in model["accuracy"]:
+            criterion, scope, share = key.split("/")
+            if scope != "local" or float(share) > 0.5:
+                continue
+            cells = [
+                f"{100 * statistics.mean(model['accuracy'][f'{criterion}/{scope}/{share}'][repair]):.1f}"
+                for scope, repair in columns
+            ]
+            rows.append([f"{100 * float(share):.0f}%", criterion, *cells])
+        rows.sort(key=lambda row: row[0])
+        header = ["removed", "criterion", "no repair", "batch norms", "+ compensation", "global", "isomorphic"]
+        text += markdown(header, rows)
+    return text.lstrip("\n")
+
+
+def distill(values: Values) -> str:
+    """Accuracy of each loss, and its gain seed by seed over labels only."""
+    seeds = list(values["seeds"].values())
+    losses = [name for name in seeds[0] if "teacher" not in name and name != "parameters"]
+    rows = []
+    for loss in sorted(losses, key=lambda loss: -statistics.mean(seed[loss] for seed in seeds)):
+        gains = [100 * (seed[loss] - seed["labels only"]) for seed in seeds]
+        gain = f"{statistics.mean(gains):+.1f} ± {statistics.stdev(gains):.1f}"
+        rows.append([loss, _percent([seed[loss] for seed in seeds]), "" if loss == "labels only" else gain])
+    return markdown(["loss", "accuracy", "gain over labels only, points"], rows)
+
+
+def sparsity(values: Values) -> str:
+    """Accuracy, size after gzip, and what zeros do to the time."""
+    seeds = list(values["seeds"].values())
+    rows = []
+    for name in seeds[0]:
+        found = [seed[name] for seed in seeds]
+        speed = [item["speedup"] for item in found]
+        rows.append(
+            [
+                name,
+                _percent([item["accuracy"] for item in found]),
+                f"{statistics.mean(item['gzip_bytes'] for item in found) / 1000:.0f} kB",
+                "1" if name == "dense" else f"{min(speed):.2f}–{max(speed):.2f}",
+            ]
+        )
+    return markdown(["", "accuracy", "gzip of the `.onnx`", "times as fast as dense, by seed"], rows)
+
+
+def _percent(shares: Sequence[float]) -> str:
+    mean = f"{100 * statistics.mean(shares):.1f}"
+    return f"{mean} ± {100 * statistics.stdev(shares):.1f}%" if len(shares) > 1 else f"{mean}%"
+
+
+TABLES: dict[str, Callable[[Values], str]] = {
+    make.__name__: make
+    for make in (
+        prune_coverage,
+        latency_table,
+        latency_goals,
+        importance,
+        distill,
+        sparsity,
+    )
+}
