@@ -56,9 +56,9 @@ MODELS = {
     ),
     "vit": Dense(
         "vit_tiny_patch16_224",
-        _adamw(15, 1e-3, "auto"),
-        _adamw(5, 5e-4, "auto"),
-        {"patch_size": 8, "depth": 6, "embed_dim": 96, "num_heads": 3},
+        _adamw(16, 1e-3, "fp32"),
+        _adamw(4, 5e-4, "fp32"),
+        {"patch_size": 16, "depth": 6, "embed_dim": 128, "num_heads": 4},
     ),
 }
 

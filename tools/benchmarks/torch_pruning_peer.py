@@ -33,7 +33,11 @@ def to_latency(
     best: tuple[float, Model] | None = None
     for _ in range(_STEPS):
         ratio = (low + high) / 2
-        small = prune(model, criterion, ratio, data, seed)
+        try:
+            small = prune(model, criterion, ratio, data, seed)
+        except ZeroDivisionError:  # it took the last head of a layer
+            high = ratio
+            continue
         times = timer.milliseconds({"dense": model, "small": small})
         share = times["small"] / times["dense"]
         progress.message(f"torch-pruning {criterion} ratio {ratio:.3f}: {share:.3f} of the latency")
