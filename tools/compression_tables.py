@@ -86,7 +86,14 @@ def latency_goals(values: Values) -> str:
             measured, off = f"{pair['share']:.3f}", f"{100 * (pair['share'] / pair['goal'] - 1):+.1f}%"
         name = key.rpartition(" ")[0]
         rows.append(
-            [f"`{name}`", f"{pair['goal']:.2f}", measured, off, f"{pair.get('macs', 0):.2f}", f"{pair['seconds']:.0f} s"]
+            [
+                f"`{name}`",
+                f"{pair['goal']:.2f}",
+                measured,
+                off,
+                f"{pair.get('macs', 0):.2f}",
+                f"{pair['seconds']:.0f} s",
+            ]
         )
     return markdown(["architecture", "goal", "measured", "off by", "MACs left", "planned in"], rows)
 
@@ -181,7 +188,15 @@ def importance(values: Values) -> str:
             ]
             rows.append([f"{100 * float(share):.0f}%", criterion, *cells])
         rows.sort(key=lambda row: row[0])
-        header = ["removed", "criterion", "no repair", "batch norms", "+ compensation", "global", "isomorphic"]
+        header = [
+            "removed",
+            "criterion",
+            "no repair",
+            "batch norms",
+            "+ compensation",
+            "global",
+            "isomorphic",
+        ]
         text += markdown(header, rows)
     return text.lstrip("\n")
 
@@ -227,6 +242,7 @@ TABLES: dict[str, Callable[[Values], str]] = {
         prune_coverage,
         latency_table,
         latency_goals,
+        low_rank,
         importance,
         distill,
         sparsity,
