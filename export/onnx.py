@@ -17,6 +17,7 @@ from torch import nn
 from cveff.errors import EngineError, ExportError
 from cveff.export.metadata import write_metadata
 from cveff.export.normalize import deployable
+from cveff.export.qdq import finish, has_rounding, translations
 from cveff.export.simplify import fold_scale, simplify
 from cveff.files import atomic_path
 from cveff.measure.parity import relative_difference
@@ -70,7 +71,10 @@ def _finish(
     proto: onnx.ModelProto, model: Model, network: nn.Module, check: bool, unsimplified: str | None = None
 ) -> bytes:
     """Fold the pixels' scale, describe, validate and (with `check`) compare a graph; returns the file's bytes."""
-    fold_scale(proto)
+    if has_rounding(proto):
+        finish(proto, integer_biases=True)
+    else:
+        fold_scale(proto)
     write_metadata(proto, model.spec, unsimplified)
     try:
         onnx.checker.check_model(proto, full_check=True)
@@ -155,6 +159,7 @@ def _trace(network: nn.Module, model: Model, opset: int) -> onnx.ModelProto:
                 output_names=["logits"],
                 dynamic_shapes=dynamic,
                 opset_version=opset,
+                custom_translation_table=translations(),
                 verbose=False,
             )
     except Exception as error:

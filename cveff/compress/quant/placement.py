@@ -1,0 +1,268 @@
+"""Which tensors are rounded, so that an engine's integer kernels take over and nothing is rounded in vain.
+
+An engine runs an operator on integers if everything it reads is rounded and (for most) what it writes is rounded as well.
+What is decided here are tensors and who reads them rounded; engines differ in what they ask for:
+
+- "cpu" (ONNX Runtime, OpenVINO): convolutional networks stay in integers from end to end, through additions,
+  concatenations and pooling. Networks with layer norms do not: rounding their residual stream costs accuracy and buys
+  nothing, so only layers with weights are rounded, and matrix products return floats.
+- "tensorrt": inputs of layers with weights and of attention's products, and one branch of each residual addition (the other
+  is a convolution that the addition is fused into); zero points are 0, weights have a step for each output channel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import fx
+
+from cveff.compress.quant.capture import CONVOLUTIONS, aten, constant, identify, output_axis
+from cveff.compress.quant.fake_quant import Grid
+from cveff.errors import StepError
+
+Scheme = Literal["cpu", "cpu-signed", "tensorrt"]
+"""What the engine asks for; "cpu-signed" is "cpu" with symmetric signed activations (Arm)."""
+
+LINEAR = {aten.linear.default}
+PRODUCTS = {aten.matmul.default, aten.bmm.default}
+CLAMPS = {aten.relu.default, aten.hardtanh.default, aten.relu6.default}
+"""Activations that are nothing but the range of the rounding behind them."""
+_COMBINING = {aten.add.Tensor, aten.mul.Tensor, aten.cat.default}
+_POINTWISE = {aten.sigmoid.default, aten.leaky_relu.default}
+_AVERAGING = {aten.avg_pool2d.default}
+PASSING = {
+    aten.max_pool2d.default,
+    aten.view.default,
+    aten.reshape.default,
+    aten.flatten.using_ints,
+    aten.permute.default,
+    aten.transpose.int,
+    aten.squeeze.dim,
+    aten.unsqueeze.default,
+    aten.slice.Tensor,
+    aten.select.int,
+    aten.upsample_nearest2d.vec,
+}
+"""Operators that only move values: what they return has the steps of what they take."""
+_PADS = {aten.constant_pad_nd.default, aten.pad.default}
+"""Zeros around an image: exporters write them into the convolution behind, unless a rounding is in the way."""
+_NORMS = {aten.layer_norm.default, aten.group_norm.default}
+
+
+@dataclass(frozen=True)
+class Site:
+    """A tensor that is rounded.
+
+    Attributes:
+        tensor: its operator, as `identify` names it.
+        readers: operators that read it rounded; none: all do.
+        like: the tensor whose steps it has; "": its own.
+        bits, signed, symmetric: its grid.
+    """
+
+    tensor: str
+    readers: tuple[str, ...] = ()
+    like: str = ""
+    bits: int = 8
+    signed: bool = False
+    symmetric: bool = False
+
+    @property
+    def grid(self) -> Grid:
+        """The integers."""
+        return Grid(self.bits, self.signed, self.symmetric)
+
+
+@dataclass(frozen=True)
+class WeightSite:
+    """A weight that is rounded.
+
+    Attributes:
+        reader: the operator whose second argument it is.
+        axis: of the output channels, each of which has its own step.
+        bits: of its grid, which is signed, symmetric and without the lowest integer.
+    """
+
+    reader: str
+    axis: int = 0
+    bits: int = 8
+
+    @property
+    def grid(self) -> Grid:
+        """The integers."""
+        return Grid(self.bits, signed=True, symmetric=True, narrow=True)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Everything that is rounded.
+
+    Attributes:
+        sites: tensors, in the order they are computed.
+        weights: the layers that run on integers.
+        excluded: layers that could, and were to stay in floats.
+    """
+
+    sites: tuple[Site, ...]
+    weights: tuple[WeightSite, ...]
+    excluded: tuple[str, ...] = ()
+
+
+def place(graph: fx.GraphModule, scheme: Scheme = "cpu", exclude: Collection[str] = ()) -> Placement:
+    """Decide for a captured graph.
+
+    Args:
+        exclude: operators, by `identify`'s names, that stay in floats.
+
+    Raises:
+        StepError: the scheme or an excluded name is unknown, or nothing is left to round.
+    """
+    if scheme not in get_args(Scheme):
+        raise StepError(f"quantization scheme {scheme!r} is unknown; known: {', '.join(get_args(Scheme))}")
+    unknown = sorted(set(exclude) - set(identify(graph)))
+    if unknown:
+        raise StepError(f"{unknown[0]!r} is no operator of this network; see the names in the report")
+    walk = _TensorRT if scheme == "tensorrt" else _Cpu
+    found = walk(graph, frozenset(exclude), signed=scheme != "cpu").placement()
+    if not found.weights:
+        raise StepError("no layer with weights is left to quantize")
+    return found
+
+
+class _Walk:
+    """What both schemes share: names, layers with weights, and the sites collected so far."""
+
+    def __init__(self, graph: fx.GraphModule, exclude: frozenset[str], signed: bool) -> None:
+        self.graph, self.signed = graph, signed
+        self.names = {node: name for name, node in identify(graph).items()}
+        self.weighted = [
+            node
+            for node in graph.graph.nodes
+            if node.target in CONVOLUTIONS | LINEAR and constant(graph, node.args[1]) is not None
+        ]
+        self.excluded = {node for node, name in self.names.items() if name in exclude}
+        self.integer = [node for node in self.weighted if node not in self.excluded]
+        self.readers: dict[fx.Node, set[fx.Node] | None] = {}  # None: everyone
+        self.like: dict[fx.Node, fx.Node] = {}
+
+    def for_all(self, tensor: fx.Node) -> None:
+        """Everyone reads `tensor` rounded."""
+        if tensor in self.names:
+            self.readers[tensor] = None
+
+    def for_reader(self, tensor: fx.Node, reader: fx.Node) -> None:
+        """`reader` does."""
+        while _pads_zeros(tensor):
+            tensor, reader = tensor.args[0], tensor  # type: ignore[assignment]
+        if tensor not in self.names:
+            return
+        readers = self.readers.setdefault(tensor, set())
+        if readers is not None:
+            readers.add(reader)
+
+    def result(self) -> Placement:
+        """The sites in order."""
+        sites = []
+        for node in self.graph.graph.nodes:
+            if node in self.readers:
+                readers = self.readers[node]
+                sites.append(
+                    Site(
+                        self.names[node],
+                        () if readers is None else tuple(sorted(self.names[reader] for reader in readers)),
+                        self.names[self.like[node]] if node in self.like else "",
+                        signed=self.signed,
+                        symmetric=self.signed,
+                    )
+                )
+        weights = tuple(WeightSite(self.names[node], output_axis(node)) for node in self.integer)
+        excluded = tuple(self.names[node] for node in self.weighted if node in self.excluded)
+        return Placement(tuple(sites), weights, excluded)
+
+
+class _Cpu(_Walk):
+    def placement(self) -> Placement:
+        nodes = list(self.graph.graph.nodes)
+        end_to_end = not any(node.target in _NORMS for node in nodes)
+        integer = set(self.integer)
+        if end_to_end:
+            integer |= {node for node in nodes if self._can_be_integer(node)} - self.excluded
+        for node in nodes:
+            if node in integer:
+                for tensor in _activations(node):
+                    self.for_reader(tensor, node)
+        for node in nodes:
+            if node in integer and node.target not in LINEAR:
+                self.for_all(_behind_clamps(node))
+        for node in nodes:
+            source = node.args[0] if node.args else None
+            if node.target in PASSING and source in self.readers and self.readers[source] is None:
+                self.readers[node] = None
+                self.like[node] = self.like.get(source, source)
+        return self.result()
+
+    def _can_be_integer(self, node: fx.Node) -> bool:
+        if node.target not in _COMBINING | _POINTWISE | _AVERAGING:
+            return False
+        activations = list(_activations(node))
+        wanted = len(node.args[0]) if node.target is aten.cat.default else 2 if node.target in _COMBINING else 1  # type: ignore[arg-type]
+        return len(activations) == wanted and all(tensor in self.names for tensor in activations)
+
+
+class _TensorRT(_Walk):
+    def placement(self) -> Placement:
+        for node in self.graph.graph.nodes:
+            if node in self.integer or (node.target in PRODUCTS and node not in self.excluded):
+                for tensor in _activations(node):
+                    self.for_reader(tensor, node)
+            if node.target is aten.add.Tensor and node not in self.excluded:
+                skip = self._skip_of(node)
+                if skip is not None:
+                    self.for_reader(skip, node)
+        return self.result()
+
+    def _skip_of(self, node: fx.Node) -> fx.Node | None:
+        """The branch of an addition that is not the convolution it will be fused into."""
+        tensors = list(_activations(node))
+        if len(tensors) != 2:
+            return None
+        fused = [
+            tensor
+            for tensor in tensors
+            if tensor in self.integer and tensor.target in CONVOLUTIONS and len(tensor.users) == 1
+        ]
+        return next((tensor for tensor in tensors if tensor is not fused[0]), None) if fused else None
+
+
+def _activations(node: fx.Node) -> Iterator[fx.Node]:
+    """The tensors that an operator computes with, apart from weights."""
+    if node.target in CONVOLUTIONS | LINEAR:
+        yield node.args[0]  # type: ignore[misc]
+        return
+    given: Any = node.args[0] if node.target is aten.cat.default else node.args[:2]
+    for argument in given:
+        if isinstance(argument, fx.Node) and argument.op != "get_attr" and _is_float(argument):
+            yield argument
+
+
+def _is_float(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+def _pads_zeros(node: fx.Node) -> bool:
+    if node.target not in _PADS:
+        return False
+    value: Any = node.args[3] if len(node.args) > 3 else node.args[2] if node.target is aten.constant_pad_nd.default and len(node.args) > 2 else 0
+    mode = node.args[2] if node.target is aten.pad.default and len(node.args) > 2 else "constant"
+    return mode == "constant" and not value
+
+
+def _behind_clamps(node: fx.Node) -> fx.Node:
+    """The last of the clamps that alone read one another, or `node`."""
+    while len(node.users) == 1 and next(iter(node.users)).target in CLAMPS:
+        node = next(iter(node.users))
+    return node
