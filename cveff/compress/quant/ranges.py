@@ -1,7 +1,8 @@
 """From values seen on calibration images to the range a tensor is rounded in.
 
-Two passes over the images: the first finds how far values reach, the second counts them in equal bins, from which every
-method takes its range. So a range does not depend on the order of the images, and memory not on their number.
+Values are counted in bins whose width is a power of two, aligned at zero; where values go beyond the last bin, bins are
+merged in pairs. So one pass over the images is enough, counts do not depend on the images' order, and memory not on their
+number. Ranges are read off the counts:
 
 - "minmax": everything seen. One outlier costs everyone else precision.
 - "moving-average": the mean over batches of each batch's extremes (Jacob et al., CVPR 2018, section 3.1).
@@ -13,8 +14,8 @@ method takes its range. So a range does not depend on the order of the images, a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
@@ -27,33 +28,60 @@ from cveff.errors import StepError
 Method = Literal["minmax", "moving-average", "percentile", "mse", "entropy"]
 
 BINS = 2048
+"""On either side of zero; at least half of them are in use."""
 PERCENTILE = 99.999
 _SHRINK = 80
 """Candidates for each end of a range, from the whole down to a fifth."""
 _LEAST = 0.2
 
 
-@dataclass(frozen=True)
 class Histogram:
-    """Counts of a tensor's values in `BINS` equal bins between `low` and `high`.
+    """Counts of a tensor's values.
 
     Attributes:
         low, high: the least and greatest value seen.
-        counts: (BINS,) float64.
-        average_low, average_high: means over batches of each batch's extremes.
+        width: of a bin, a power of two; 0 until a value other than zero is seen.
+        counts: (2 · BINS,) float64; the first bin begins at -BINS · width.
+        extremes: least and greatest value of each batch.
     """
 
-    low: float
-    high: float
-    counts: np.ndarray
-    average_low: float
-    average_high: float
+    def __init__(self) -> None:
+        self.low, self.high, self.width = math.inf, -math.inf, 0.0
+        self.counts = np.zeros(2 * BINS)
+        self.extremes: list[tuple[float, float]] = []
+
+    def add(self, values: Tensor) -> None:
+        """Count a batch.
+
+        Raises:
+            ValueError: a value is NaN or infinite.
+        """
+        low, high = (float(value) for value in torch.aminmax(values.detach()))
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise ValueError("NaN or infinity")
+        self.extremes.append((low, high))
+        self.low, self.high = min(self.low, low), max(self.high, high)
+        reach = max(-low, high)
+        if reach > BINS * self.width:
+            self._widen(2.0 ** math.ceil(math.log2(reach / BINS)))
+        if self.width == 0:
+            self.counts[BINS] += values.numel()
+            return
+        edge = BINS * self.width
+        counted = torch.histc(values.detach().float(), 2 * BINS, -edge, edge)
+        self.counts += counted.double().numpy()
+
+    def _widen(self, width: float) -> None:
+        while 0 < self.width < width:
+            merged = self.counts.reshape(-1, 2).sum(1)
+            self.counts = np.pad(merged, BINS // 2)
+            self.width *= 2
+        self.width = width
 
     @property
     def centres(self) -> np.ndarray:
-        """(BINS,) the middle of each bin."""
-        width = (self.high - self.low) / len(self.counts)
-        return self.low + (np.arange(len(self.counts)) + 0.5) * width
+        """(2 · BINS,) the middle of each bin."""
+        return (np.arange(2 * BINS) - BINS + 0.5) * self.width
 
 
 class Watch:
@@ -65,69 +93,51 @@ class Watch:
 
     def __init__(self, network: nn.Module, roundings: Mapping[str, FakeQuantize]) -> None:
         self._network, self._roundings = network, roundings
+        self.histograms = {name: Histogram() for name in roundings}
 
-    def histograms(
-        self, batches: Sequence[Tensor], progress: Callable[[Iterable[Tensor]], Iterable[Tensor]] = iter
-    ) -> dict[str, Histogram]:
-        """Run the network over every batch twice.
-
-        Args:
-            batches: images (B, C, H, W), normalised.
+    def see(self, batches: Iterable[Tensor]) -> None:
+        """Count what the network computes for images (B, C, H, W), normalised.
 
         Raises:
-            StepError: there are no images, or a tensor holds NaN or infinity; the message names it.
+            StepError: a tensor holds NaN or infinity; the message names it.
         """
-        if not batches:
-            raise StepError("there are no calibration images; give at least one, better 100 to 500")
-        extremes: dict[str, list[tuple[float, float]]] = {name: [] for name in self._roundings}
-
-        def extent(name: str, values: Tensor) -> None:
-            low, high = (float(value) for value in torch.aminmax(values.detach()))
-            if not (np.isfinite(low) and np.isfinite(high)):
-                raise StepError(
-                    f"{name} holds NaN or infinity on calibration images; the network overflows there in float32"
-                )
-            extremes[name].append((low, high))
-
-        self._run(batches, extent, progress)
-        ends = {name: (min(low for low, _ in seen), max(high for _, high in seen)) for name, seen in extremes.items() if seen}
-        counts = {name: np.zeros(BINS) for name in ends}
 
         def count(name: str, values: Tensor) -> None:
-            low, high = ends[name]
-            if high > low:
-                counts[name] += torch.histc(values.detach().float(), BINS, low, high).double().numpy()
-            else:
-                counts[name][0] += values.numel()
+            try:
+                self.histograms[name].add(values)
+            except ValueError as error:
+                raise StepError(
+                    f"{name} holds {error} on calibration images; the network overflows there in float32"
+                ) from error
 
-        self._run(batches, count, progress)
-        return {
-            name: Histogram(
-                *ends[name],
-                counts[name],
-                float(np.mean([low for low, _ in extremes[name]])),
-                float(np.mean([high for _, high in extremes[name]])),
-            )
-            for name in ends
-        }
-
-    def _run(
-        self,
-        batches: Sequence[Tensor],
-        look: Callable[[str, Tensor], None],
-        progress: Callable[[Iterable[Tensor]], Iterable[Tensor]],
-    ) -> None:
         handles = [
-            rounding.register_forward_pre_hook(lambda _, args, name=name: look(name, args[0]))
+            rounding.register_forward_pre_hook(lambda _, args, name=name: count(name, args[0]))
             for name, rounding in self._roundings.items()
         ]
         try:
             with torch.no_grad(), rounding_off(self._network):
-                for images in progress(batches):
+                for images in batches:
                     self._network(images)
         finally:
             for handle in handles:
                 handle.remove()
+
+    def ranges(self, method: Method) -> dict[str, tuple[float, float]]:
+        """Every tensor's range."""
+        return {
+            name: find_range(histogram, self._roundings[name].grid, method)
+            for name, histogram in self.histograms.items()
+        }
+
+
+def drift(before: Mapping[str, tuple[float, float]], after: Mapping[str, tuple[float, float]]) -> tuple[float, str]:
+    """The largest change of an end of a range, relative to the range's width, and the tensor it happened to."""
+    worst, where = 0.0, ""
+    for name, (low, high) in after.items():
+        change = max(abs(low - before[name][0]), abs(high - before[name][1])) / max(high - low, 1e-30)
+        if change > worst:
+            worst, where = change, name
+    return worst, where
 
 
 class rounding_off:  # noqa: N801 (it reads as a verb: with rounding_off(network))
@@ -159,7 +169,8 @@ def find_range(histogram: Histogram, grid: Grid, method: Method) -> tuple[float,
     if high <= low:
         return 0.0, 0.0
     if method == "moving-average":
-        return min(histogram.average_low, 0.0), max(histogram.average_high, 0.0)
+        lows, highs = zip(*histogram.extremes, strict=True)
+        return min(float(np.mean(lows)), 0.0), max(float(np.mean(highs)), 0.0)
     if method == "percentile":
         return _percentile(histogram)
     if method == "mse":
@@ -172,18 +183,17 @@ def find_range(histogram: Histogram, grid: Grid, method: Method) -> tuple[float,
 def _percentile(histogram: Histogram) -> tuple[float, float]:
     share = np.cumsum(histogram.counts) / histogram.counts.sum()
     tail = (100 - PERCENTILE) / 100
-    width = (histogram.high - histogram.low) / len(share)
     first = int(np.searchsorted(share, tail, side="right"))
     last = int(np.searchsorted(share, 1 - tail, side="left"))
-    low, high = histogram.low + first * width, histogram.low + (last + 1) * width
-    return min(low, 0.0), max(min(high, histogram.high), 0.0)
+    low, high = (first - BINS) * histogram.width, (last + 1 - BINS) * histogram.width
+    return min(max(low, histogram.low), 0.0), max(min(high, histogram.high), 0.0)
 
 
 def _least_error(histogram: Histogram, grid: Grid) -> tuple[float, float]:
     """Shrink each end in turn as long as the expected squared error falls."""
     low, high = min(histogram.low, 0.0), max(histogram.high, 0.0)
     shares = np.linspace(1, _LEAST, _SHRINK)
-    values, counts = histogram.centres, histogram.counts
+    values, counts = _seen(histogram)
     if grid.symmetric:
         reach = max(-low, high)
         errors = [_error(values, counts, grid, -reach * share, reach * share) for share in shares]
@@ -195,6 +205,13 @@ def _least_error(histogram: Histogram, grid: Grid) -> tuple[float, float]:
         errors = [_error(values, counts, grid, low * share, high) for share in shares]
         low *= float(shares[int(np.argmin(errors))])
     return low, high
+
+
+def _seen(histogram: Histogram) -> tuple[np.ndarray, np.ndarray]:
+    """Middles and counts of the bins between the least and the greatest value."""
+    used = np.flatnonzero(histogram.counts)
+    span = slice(used[0], used[-1] + 1)
+    return histogram.centres[span], histogram.counts[span]
 
 
 def _error(values: np.ndarray, counts: np.ndarray, grid: Grid, low: float, high: float) -> float:
@@ -220,7 +237,7 @@ def _least_divergence(histogram: Histogram, grid: Grid) -> tuple[float, float]:
 
 
 def _divergence(histogram: Histogram, low: float, high: float, levels: int) -> float:
-    values, counts = histogram.centres, histogram.counts
+    values, counts = _seen(histogram)
     inside = (values >= low) & (values <= high)
     if not inside.any():
         return float("inf")

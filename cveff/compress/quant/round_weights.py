@@ -38,7 +38,7 @@ def round_weights(graph: fx.GraphModule, batches: Sequence[Tensor], *, seed: int
 
     def look(layer: Layer, x: Tensor, _: Tensor) -> None:
         rows = layer.rows(x, generator)
-        totals[layer.name] = totals.get(layer.name, 0) + rows.sum(1, dtype=torch.float64)
+        totals[layer.name] = totals.get(layer.name, 0) + rows.sum(1).double()
         counts[layer.name] = counts.get(layer.name, 0) + rows.shape[1]
         if rows.shape[2] <= MAX_INPUTS:
             moments[layer.name] = moments.get(layer.name, 0) + (rows.mT @ rows).double()
