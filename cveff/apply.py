@@ -63,7 +63,7 @@ def apply(
     target = None if target is None else load_target(target)
     run = Run(
         target=target,
-        device=torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")),
+        device=device_of(device),
         seed=seed,
         progress=progress or Silent(),
         log=log or NoLog(),
@@ -92,6 +92,11 @@ def apply(
     return model
 
 
+def device_of(device: torch.device | str | None) -> torch.device:
+    """Where torch computes: what is asked for, or a GPU if there is one."""
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
 def check_steps(steps: Sequence[Step | Edit], run: Run) -> None:
     """Refuse what some step could not be done with, before any starts.
 
@@ -107,10 +112,7 @@ def check_steps(steps: Sequence[Step | Edit], run: Run) -> None:
 
 def needs_timer(step: Step | Edit) -> bool:
     """Whether a step measures milliseconds, and so needs a target."""
-    goals = (getattr(step, name, None) for name in ("latency", "latency_ms"))
-    return not {"target", "timer"}.isdisjoint(getattr(step, "requires", ())) or any(
-        goal is not None for goal in goals
-    )
+    return not {"target", "timer"}.isdisjoint(getattr(step, "requires", ()))
 
 
 @contextmanager

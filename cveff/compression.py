@@ -8,23 +8,21 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
-
 from cveff import model_zoo
-from cveff.apply import check_steps, timer_of
+from cveff.apply import check_steps, device_of, timer_of
 from cveff.compress import Distill, LowRank, Prune, Sparsify
 from cveff.compress.blocks import macs
 from cveff.compress.prune_plan import Plan
 from cveff.compress.trace import trace
-from cveff.data import load as load_data
 from cveff.data.dataset import OnBadImage
 from cveff.errors import RecipeError
 from cveff.model import Model
-from cveff.pipeline import create_for
+from cveff.pipeline import check_device, create_for, images_of
 from cveff.progress import Progress, Silent
 from cveff.recipe import (
     DataSettings,
@@ -149,21 +147,19 @@ def preview(recipe: Recipe, *, device: str | None = None, progress: Progress | N
         )
     progress = progress or Silent()
     target = None if recipe.deploy is None else load_target(recipe.deploy.target)
-    data = load_data(
-        recipe.data.source,
-        seed=recipe.seed,
-        on_bad_image=recipe.data.on_bad_image,
-        val_fraction=recipe.data.val_fraction,
-        progress=progress,
-    )
+    if device is not None:
+        check_device(device)
+    data = images_of(recipe, progress)
     model = create_for(recipe.model, data, seed=recipe.seed)
-    home = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    run = Run(data=data, target=target, device=home, seed=recipe.seed, progress=progress, teacher=model)
-    if target is None:
-        check_steps([step], run)
-        plan = step.plan(model, run)
-        return Preview(plan, _figures(model), _figures(plan.structure(model)))
-    with timer_of(target) as run.timer:
+    run = Run(
+        data=data,
+        target=target,
+        device=device_of(device),
+        seed=recipe.seed,
+        progress=progress,
+        teacher=model,
+    )
+    with nullcontext() if target is None else timer_of(target) as run.timer:
         check_steps([step], run)
         plan = step.plan(model, run)
         small = plan.structure(model)

@@ -66,7 +66,7 @@ class Effects:
 
     def __init__(self, folder: Path, score: Callable[[Model], float | None], progress: Progress) -> None:
         self._path, self._score, self._progress = folder / FILE, score, progress
-        values = _read(self._path)
+        values = _read(self._path, progress)
         self._found = {entry["name"]: Effect(**entry) for entry in values.get("steps", ())}
         self._timing: dict[str, Any] | None = values.get("timing")
 
@@ -145,8 +145,8 @@ class Effects:
         write_json(self._path, {"timing": self._timing, "steps": steps})
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """An earlier record; empty where there is none."""
+def _read(path: Path, progress: Progress) -> dict[str, Any]:
+    """An earlier record; empty where there is none, or none that can be read: it is measured again."""
     if not path.is_file():
         return {}
     try:
@@ -154,5 +154,6 @@ def _read(path: Path) -> dict[str, Any]:
         for entry in values["steps"]:
             Effect(**entry)
         return values
-    except (ValueError, TypeError, KeyError):
-        return {}  # figures only: they are measured again
+    except (ValueError, TypeError, KeyError) as error:
+        progress.message(f"warning: {path} is damaged ({error}); what the phases did is measured again")
+        return {}

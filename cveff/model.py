@@ -201,6 +201,18 @@ def load(path: str | Path) -> Model:
     Raises:
         CheckpointError: the folder is missing, incomplete, damaged, or newer than this program.
     """
+    model = build(load_spec(path))
+    load_weights(model.module, Path(path) / "weights.safetensors", model.spec.architecture)
+    model.module.eval()
+    return model
+
+
+def load_spec(path: str | Path) -> ModelSpec:
+    """What `save` wrote, without building the network.
+
+    Raises:
+        CheckpointError: the folder is missing, its description is damaged, or newer than this program.
+    """
     path = Path(path)
     description = path / "model.json"
     if not description.is_file():
@@ -218,10 +230,7 @@ def load(path: str | Path) -> Model:
         raise CheckpointError(
             f"{path} has checkpoint version {version!r}, this cveff reads up to {CHECKPOINT_VERSION}; upgrade cveff"
         )
-    model = build(ModelSpec.from_json(values))
-    load_weights(model.module, path / "weights.safetensors", model.spec.architecture)
-    model.module.eval()
-    return model
+    return ModelSpec.from_json(values)
 
 
 def with_module(model: Model, module: nn.Module, *edits: Edit) -> Model:

@@ -112,15 +112,9 @@ def run(
     # A misspelt target is better found before training than after.
     target = None if recipe.deploy is None else load_target(recipe.deploy.target)
     if device is not None:
-        _check_device(device)
+        check_device(device)
     check_folder(out, recipe, resume, overwrite)
-    data = load_data(
-        recipe.data.source,
-        seed=recipe.seed,
-        on_bad_image=recipe.data.on_bad_image,
-        val_fraction=recipe.data.val_fraction,
-        progress=progress,
-    )
+    data = images_of(recipe, progress)
     for warning in data.report.warnings:
         progress.message(f"warning: {warning}")
     phases = [(step, out / "phases" / f"{index}-{step.kind}") for index, step in enumerate(recipe.phases)]
@@ -287,7 +281,23 @@ def _deploy(
     )
 
 
-def _check_device(device: str) -> None:
+def images_of(recipe: Recipe, progress: Progress) -> Data:
+    """The recipe's data, split by its seed."""
+    return load_data(
+        recipe.data.source,
+        seed=recipe.seed,
+        on_bad_image=recipe.data.on_bad_image,
+        val_fraction=recipe.data.val_fraction,
+        progress=progress,
+    )
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that this machine lacks.
+
+    Raises:
+        RecipeError: torch cannot compute there.
+    """
     import torch
 
     try:

@@ -34,7 +34,7 @@ class ModelTimer(Protocol):
                 the machine may have changed, so give what is to be compared together.
 
         Returns:
-            name -> time of a call at the target's first batch size with the machine to itself, in milliseconds.
+            name -> median time of a call at the target's first batch size, in milliseconds.
 
         Raises:
             CveffError: a model cannot be exported, or the engine cannot open or run it.

@@ -71,9 +71,7 @@ class EngineTimer:
         self._is_closed = False
 
     def milliseconds(self, models: Mapping[str, Model]) -> dict[str, float]:
-        """Milliseconds of a call at `batch` images, all models timed in turns.
-
-        It is the tenth percentile of the calls: what else runs on the machine only ever adds.
+        """Median milliseconds of a call at `batch` images, all models timed in turns.
 
         Args:
             models: by name; left as they are.
@@ -83,7 +81,7 @@ class EngineTimer:
             ExportError: a model cannot be exported, or its file answers in another shape than the model.
             EngineError: the engine cannot open or run a file.
         """
-        return {name: latency.p10 for name, latency in self.compare(models).items()}
+        return {name: latency.median_ms for name, latency in self.compare(models).items()}
 
     def compare(self, models: Mapping[str, Model]) -> Mapping[str, Latency]:
         """The same with spreads and paired ratios; speedups are relative to the first model."""

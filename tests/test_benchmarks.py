@@ -37,8 +37,11 @@ SCRIPTS = (
 HELPERS = (
     "choices_onnxruntime",
     "choices_openvino",
+    "choices_rest",
     "common",
     "dense_models",
+    "latency_table_models",
+    "latency_table_slimmed",
     "peers",
     "photos",
     "torch_pruning_peer",

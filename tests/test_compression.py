@@ -13,9 +13,11 @@ import cveff
 from cveff import pipeline
 from cveff.compress import Distill, LowRank, Prune, Sparsify
 from cveff.compression import compression_recipe, default_folder, preview
+from cveff.effects import Effects
 from cveff.errors import CveffError, RecipeError, StepError
 from cveff.export.bundle import validate
 from cveff.export.timer import EngineTimer
+from cveff.progress import Silent
 from cveff.recipe import DeploySettings, ModelSettings, Recipe, parse_recipe
 from cveff.train import Train
 
@@ -121,6 +123,26 @@ def test_a_run_killed_between_steps_goes_on_and_ends_the_same(
     elsewhere = dataclasses.replace(recipe, deploy=DeploySettings("edge-cpu"))
     assert pipeline.run(elsewhere, out=out, resume=True, bundle=False).effects == whole.effects
     assert json.loads((out / "effects.json").read_text())["timing"]["target"] == "edge-cpu", "timed again"
+
+
+def test_a_damaged_record_is_said_and_measured_again(tmp_path: Path) -> None:
+    said: list[str] = []
+
+    class Heard(Silent):
+        def message(self, text: str) -> None:
+            said.append(text)
+
+    (tmp_path / "effects.json").write_text('{"steps": [{"name": "start"}]}')
+    effects = Effects(tmp_path, lambda model: 0.5, Heard())
+    assert len(said) == 1 and "effects.json is damaged" in said[0] and "measured again" in said[0]
+    model = cveff.create("small_resnet_s", num_classes=2, image_size=8)
+    effects.note("start", "start", model)
+    assert (
+        Effects(tmp_path, lambda model: 0.5, Silent())
+        .complete({"start": "start"}, lambda _: model, None, None)[0]
+        .parameters
+        == model.num_parameters
+    )
 
 
 def test_what_a_step_lacks_is_said_before_any_is_done(recipe: Recipe, tmp_path: Path, monkeypatch) -> None:

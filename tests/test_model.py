@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import cveff
 from cveff.errors import CheckpointError, CveffError, UnknownModelError
-from cveff.model import Model, ModelSpec, build
+from cveff.model import Model, ModelSpec, build, load_spec
 
 ARCHITECTURES = [
     "small_resnet_s",
@@ -39,6 +39,13 @@ def test_saved_and_loaded_gives_bit_equal_outputs(architecture: str, tmp_path: P
     assert loaded.spec == model.spec
     assert torch.equal(outputs(loaded), outputs(model))
     assert sorted(path.name for path in (tmp_path / "m").iterdir()) == ["model.json", "weights.safetensors"]
+
+
+def test_a_description_is_read_without_the_weights(tmp_path: Path) -> None:
+    model = cveff.create("test_resnet", num_classes=2)
+    cveff.save(model, tmp_path / "m")
+    (tmp_path / "m" / "weights.safetensors").unlink()
+    assert load_spec(tmp_path / "m") == model.spec
 
 
 def test_grey_input_and_a_size_of_its_own_travel_with_the_model(tmp_path: Path) -> None:

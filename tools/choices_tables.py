@@ -146,6 +146,29 @@ def traps(values: Values) -> str:
     return markdown(["padding, epsilon", "mean, std", "mean probability of the right classes"], rows)
 
 
+def waiting(values: Values) -> str:
+    """Threads that spin, and ratios of one file to itself with and without waiting for them."""
+    rows = [
+        [
+            f"{name}, {engine}",
+            f"{cell['spins_ms']:.0f} ms",
+            *(f"{timing['median_ms']:.2f} ms" for timing in cell["timings"].values()),
+            *(f"{timing['ratio']['spread']:.2f}" for timing in cell["timings"].values()),
+        ]
+        for name, engines in values["sections"]["waiting"]["models"].items()
+        for engine, cell in engines.items()
+    ]
+    header = [
+        "file, engine",
+        "CPU time after a call",
+        "a call, waiting",
+        "at once",
+        "spread of the ratio, waiting",
+        "at once",
+    ]
+    return markdown(header, rows)
+
+
 TABLES: dict[str, Callable[[Values], str]] = {
     "uint8_input": uint8_input,
     "rows_of_three": rows_of_three,
@@ -155,6 +178,7 @@ TABLES: dict[str, Callable[[Values], str]] = {
     "smoothing": smoothing,
     "merged": merged,
     "traps": traps,
+    "waiting": waiting,
 }
 
 

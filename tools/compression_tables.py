@@ -98,53 +98,6 @@ def latency_goals(values: Values) -> str:
     return markdown(["architecture", "goal", "measured", "off by", "MACs left", "planned in"], rows)
 
 
-def prune_quality(values: Values) -> str:
-    """Means over seeds of every network and method."""
-    networks: dict[str, list[Values]] = {}
-    for key, row in values["rows"].items():
-        networks.setdefault(key.rpartition("-")[0], []).append(row)
-    rows = []
-    for network, seeds in networks.items():
-        for method in dict.fromkeys(name for row in seeds for name in row if name == "dense" or ", " in name):
-            found = [row[method] for row in seeds if method in row]
-            parameters = statistics.mean(item["parameters"] for item in found)
-            rows.append(
-                [
-                    f"{network}, {method}",
-                    _percent([item["accuracy"] for item in found]),
-                    f"{statistics.mean(item.get('latency', 1.0) for item in found):.2f}",
-                    f"{parameters / 1000:,.0f} k",
-                    str(len(found)),
-                ]
-            )
-    return markdown(["network, method and recovery", "test accuracy", "latency", "parameters", "seeds"], rows)
-
-
-def compress_chain(values: Values) -> str:
-    """Every step of the chain, and the bundle at its end."""
-    rows = []
-    for name, network in values["networks"].items():
-        for step, found in network["steps"].items():
-            rows.append(
-                [
-                    f"{name}, {step}",
-                    f"{100 * found['accuracy']:.2f}%",
-                    f"{1 / found['share']:.2f}×",
-                    f"{found['parameters'] / 1000:,.0f} k",
-                ]
-            )
-        bundle = network["bundle"]
-        rows.append(
-            [
-                f"{name}, the bundle ({bundle['engine']} {bundle['precision']})",
-                f"**{100 * bundle['accuracy']:.2f}%**",
-                f"**{bundle['speedup']:.2f}×**",
-                "",
-            ]
-        )
-    return markdown(["after", "test accuracy", "times as fast as dense float32", "parameters"], rows)
-
-
 def low_rank(values: Values) -> str:
     """The costliest layers: the least error among factors that are 5 % faster as measured."""
     rows = []

@@ -93,7 +93,7 @@ def _runs_wrapped(
         found = run_hooked(module, example, {})
         return torch.allclose(found, expected, rtol=1e-4, atol=1e-5, equal_nan=True)
     except (AttributeError, TypeError, NotImplementedError):
-        return False
+        return False  # the network reads something off the layer that its wrapper does not have
     finally:
         for path, layer in layers.items():
             replace(module, path, layer)

@@ -95,6 +95,8 @@ class Prune:
         self._check("min_fraction", 0 <= self.min_fraction < 1, "a share in [0, 1)")
         self._check("rounds", self.rounds >= 1, "1 or more")
         self._check("images", self.images >= 1, "1 or more")
+        # As LowRank: what this instance needs depends on its goal.
+        object.__setattr__(self, "requires", ("timer",) if self.goal in ("latency", "latency_ms") else ())
 
     @property
     def goal(self) -> str:
@@ -182,8 +184,6 @@ class Prune:
         Raises:
             StepError: naming what is missing.
         """
-        if self.goal in ("latency", "latency_ms") and run.timer is None:
-            raise StepError(f"prune.{self.goal} is measured on a device; pass target=…, such as 'edge-cpu'")
         if self.needs_data and run.data is None:
             raise StepError(
                 "prune looks at images (importance, sensitivity or repair); pass data=…, or set "

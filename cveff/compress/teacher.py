@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from cveff.compress.teacher_cache import LogitsCache
 from cveff.errors import StepError
-from cveff.model import Model, ModelSpec, create, load
+from cveff.model import Model, ModelSpec, create, load, load_spec
 from cveff.runtime.input_spec import InputSpec
 
 
@@ -63,7 +63,7 @@ def check_teacher(name: str, num_classes: int) -> None:
     if folder is None:
         if not timm.is_model(name):
             create(name)  # says that there is no such model, and what comes close
-    elif len(labels := load(folder).spec.labels) != num_classes:
+    elif len(labels := load_spec(folder).labels) != num_classes:
         raise StepError(
             f"the teacher {name} has {len(labels)} classes and the data {num_classes}; take a teacher of the same "
             "classes, or fine-tune one on this data first"

@@ -3,8 +3,8 @@
 Engines keep thread pools that spin for tens of milliseconds after a run, and a machine's speed drifts over seconds.
 So candidates run in short blocks, in a freshly shuffled order every round: a block begins when no thread of the
 process runs any more, its first calls, which wake the engine's own threads, are discarded, and ratios are taken
-within a round, where the drift is the same for both. Medians of those ratios carry order-statistic confidence intervals,
-which assume no distribution. Times are in milliseconds a call.
+within a round, where the drift is the same for both. Medians of those ratios carry order-statistic confidence
+intervals, which assume no distribution. Times are in milliseconds a call.
 """
 
 from __future__ import annotations

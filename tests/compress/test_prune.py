@@ -188,6 +188,8 @@ def test_settings_that_make_no_sense(settings: dict[str, Any], message: str) -> 
 def test_a_latency_needs_a_target(trained: Model, data: Data) -> None:
     with pytest.raises(StepError, match="pass target"):
         cveff.apply(trained, Prune(latency=0.5), data=data)
+    assert Prune(latency_ms=3.0).requires == ("timer",)
+    assert Prune(macs=0.5).requires == ()
 
 
 def test_measuring_needs_images(trained: Model) -> None:

@@ -209,3 +209,18 @@ def test_bad_arguments() -> None:
     with pytest.raises(CveffError, match="in pairs"):
         paired_ratio([1.0], [1.0, 2.0])
     assert worker.calls == 0
+
+
+def test_threads_come_to_rest_before_another_candidate_runs() -> None:
+    clock = Clock()
+    workers = {"a": clock.worker("a", 4), "b": clock.worker("b", 4)}
+    compare(workers, IMAGES, clock=clock, rest=lambda: clock.log.append("rest"))
+    blocks = [name for name, before in zip(clock.log, [None, *clock.log], strict=False) if name != before]
+    rounds = blocks[blocks.index("rest") - 1 :]
+    assert all(rounds[index] == "rest" for index in range(1, len(rounds), 2))
+
+
+def test_a_candidate_alone_never_waits() -> None:
+    clock = Clock()
+    compare({"a": clock.worker("a", 4)}, IMAGES, clock=clock, rest=lambda: clock.log.append("rest"))
+    assert "rest" not in clock.log

@@ -1,6 +1,7 @@
 """What the documentation says of design choices, measured: one section for each claim.
 
-Times are CPU time of one thread, interleaved, so that neighbours on a shared machine disturb them little.
+Times are CPU time of one thread, interleaved, so that neighbours on a shared machine disturb them little; those of
+"waiting" are wall-clock times of two threads.
 Weights are random with settled batch norms and images are crops of real photographs, except for "traps", which uses
 EfficientNet-Lite0's ImageNet weights. A run that was stopped goes on with the sections that are missing; the tables
 in docs/ are filled from the result by tools/readme_tables.py.
@@ -23,6 +24,7 @@ from typing import Any
 
 import choices_onnxruntime
 import choices_openvino
+import choices_rest
 import common
 import numpy as np
 import peers
@@ -97,6 +99,7 @@ SECTIONS: dict[str, Callable[[Workshop], dict[str, Any]]] = {
     "presets": choices_openvino.presets,
     "static_batch": choices_openvino.static_batch,
     "smoothing": choices_openvino.smoothing,
+    "waiting": choices_rest.waiting,
 }
 
 

@@ -26,91 +26,21 @@ from typing import Any
 
 import common
 import numpy as np
-import torch
+from latency_table_models import MODELS, QUICK, VARIANTS, build
+from latency_table_slimmed import GOAL_BAR, GOALS, show_slimmed, slimmed
 
-import cveff
-from cveff.backbones import Reparameterize, has_branches
-from cveff.compress.analysis import analyze
 from cveff.compress.blocks import blocks, macs
-from cveff.compress.groups import Analysis
 from cveff.compress.latency_model import LatencyModel, least_absolute
 from cveff.compress.trace import trace
 from cveff.errors import CveffError
 from cveff.export.onnx import export
-from cveff.export.timer import EngineTimer
 from cveff.measure.block import Block
 from cveff.measure.block_latency import BlockLatency
 from cveff.measure.latency import Clock, Latency, compare
 from cveff.measure.threads import pinned_threads
-from cveff.model import Model, with_module
 from cveff.runtime.engines import open_file
-from cveff.target import Target
 
-MODELS = (
-    "mobilenetv3_small_100",
-    "mobilenetv3_large_100",
-    "mobilenetv4_conv_small",
-    "mobilenetv2_100",
-    "efficientnet_lite0",
-    "efficientnet_b0",
-    "tinynet_b",
-    "mnasnet_100",
-    "hardcorenas_a",
-    "lcnet_100",
-    "ghostnetv2_100",
-    "mobileone_s0",
-    "repvgg_a0",
-    "repvit_m1",
-    "resnet18",
-    "resnet34",
-    "resnet50",
-    "regnetx_004",
-    "regnety_002",
-    "regnety_004",
-    "regnety_008",
-    "densenet121",
-    "convnext_atto",
-    "convnext_femto",
-    "starnet_s1",
-    "edgenext_xx_small",
-    "mobilevitv2_050",
-    "fastvit_t8",
-    "poolformerv2_s12",
-    "efficientformerv2_s0",
-    "vit_tiny_patch16_224",
-    "deit_tiny_patch16_224",
-    "levit_128s",
-    "swin_tiny_patch4_window7_224",
-)
-VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "mobilenetv3_small_050": ("mobilenetv3_small_050", {}),
-    "lcnet_050": ("lcnet_050", {}),
-    "mobilenetv2_050": ("mobilenetv2_050", {}),
-    "resnet10t": ("resnet10t", {}),
-    "resnet50 slim": ("resnet50", {"base_width": 32}),
-    "convnext slim": ("convnext_atto", {"dims": [24, 48, 96, 192]}),
-    "vit slim": ("vit_tiny_patch16_224", {"embed_dim": 128, "num_heads": 2, "depth": 8}),
-}
-QUICK = (
-    "mobilenetv3_small_100",
-    "lcnet_100",
-    "mobilenetv4_conv_small",
-    "resnet18",
-    "convnext_atto",
-    "levit_128s",
-)
-SLIMMED = (
-    "mobilenetv4_conv_small",
-    "mobilenetv3_large_100",
-    "efficientnet_lite0",
-    "resnet18",
-    "resnet50",
-    "regnety_004",
-    "convnext_atto",
-    "vit_tiny_patch16_224",
-)
-GOALS = (0.75, 0.5)
-RANK_BAR, GOAL_BAR = 0.95, 0.07
+RANK_BAR = 0.95
 
 
 def main() -> None:
@@ -140,7 +70,7 @@ def main() -> None:
             show_predictions(threads, cell)
             if "slimmed" not in cell:
                 model = LatencyModel(table, **cell["fit"])
-                cell["slimmed"] = slimmed(arguments, model)
+                cell["slimmed"] = slimmed(arguments.models, model, arguments.seconds, _clock(arguments))
                 for key in ("", "_corrected"):
                     error = f"{key[1:]}_error".lstrip("_")
                     cell[f"goals_met{key}"] = sum(abs(item[error]) <= GOAL_BAR for item in cell["slimmed"])
@@ -160,14 +90,6 @@ def prepared(
         traced = trace(model.module, model.spec.input)
         networks[name], operations[name] = blocks(traced), macs(traced)
     return files, networks, operations
-
-
-def build(name: str) -> Model:
-    """A model with random weights, its branches merged as `deploy` does."""
-    torch.manual_seed(0)
-    architecture, given = VARIANTS.get(name, (name, {}))
-    model = cveff.create(architecture, **given)
-    return cveff.apply(model, Reparameterize(), device="cpu") if has_branches(model.module) else model
 
 
 def whole_models(
@@ -274,71 +196,6 @@ def quality(predicted: np.ndarray, actual: np.ndarray) -> dict[str, float]:
     }
 
 
-def slimmed(arguments: argparse.Namespace, model: LatencyModel) -> list[dict[str, Any]]:
-    """Networks slimmed to a time by prediction alone, built and timed; then once more, corrected by what was found."""
-    target = Target("table", "the table's engine", ((model.table.engine, "fp32"),), model.table.threads, (1,))
-    found = []
-    for name in [name for name in SLIMMED if name in arguments.models]:
-        dense = build(name)
-        analysis = analyze(dense.module, dense.spec.input)
-        with EngineTimer(target, seconds=arguments.seconds, clock=_clock(arguments)) as timer:
-            first = timer.milliseconds({"dense": dense})["dense"]
-            anchors = dict.fromkeys(GOALS, model.anchored(analysis.trace, first))
-            shares: list[dict[float, float]] = []
-            for _ in range(2):
-                models, shapes = {"dense": dense}, {}
-                for goal in GOALS:
-                    keep = slim_to(analysis, anchors[goal], goal * first)
-                    shapes[goal] = analysis.shapes(keep)
-                    edit, fresh = analysis.edit(keep, dense.module), build(name)
-                    models[str(goal)] = with_module(fresh, edit.apply(fresh.module), edit)
-                timed = timer.compare(models)
-                # Paired with the dense network, round by round.
-                shares.append({goal: 1 / timed[str(goal)].speedup.median for goal in GOALS})
-                predictions = {
-                    goal: anchors[goal].predict(analysis.trace, shapes[goal]) / first for goal in GOALS
-                }
-                if len(shares) == 1:
-                    predicted = predictions
-                for goal in GOALS:
-                    measured_ms = shares[-1][goal] * first
-                    anchors[goal] = anchors[goal].anchored(analysis.trace, measured_ms, shapes[goal])
-        for goal in GOALS:
-            corrected = shares[1][goal]  # the second, whether or not it is the closer
-            found.append(
-                {
-                    "model": name,
-                    "goal": goal,
-                    "predicted": predicted[goal],
-                    "measured": shares[0][goal],
-                    "error": shares[0][goal] / goal - 1,
-                    "corrected": corrected,
-                    "corrected_error": corrected / goal - 1,
-                    "dense_ms": first,
-                }
-            )
-        common.console.print(
-            f"{name}: " + ", ".join(f"{i['goal']} -> {i['measured']:.3f}" for i in found[-2:])
-        )
-    return found
-
-
-def slim_to(analysis: Analysis, model: LatencyModel, milliseconds: float) -> dict[str, np.ndarray]:
-    """The same share of every group, in steps of 8 channels, that is predicted closest to a time."""
-    candidates = [even(analysis, share) for share in np.linspace(0.1, 1, 91)]
-    times = [model.predict(analysis.trace, analysis.shapes(keep)) for keep in candidates]
-    return candidates[int(np.argmin(np.abs(np.array(times) - milliseconds)))]
-
-
-def even(analysis: Analysis, share: float) -> dict[str, np.ndarray]:
-    """The first `share` of every group's units: multiples of 8, or of 1 where there are under 16."""
-    keep = {}
-    for group in analysis.groups:
-        step = 8 if group.size >= 16 else 1
-        keep[group.name] = np.arange(group.size) < max(step, step * round(group.size * share / step))
-    return keep
-
-
 def show_predictions(threads: int, cell: Mapping[str, Any]) -> None:
     """Print what was predicted of models that the fit had not seen."""
     rows = [
@@ -371,25 +228,6 @@ def show_predictions(threads: int, cell: Mapping[str, Any]) -> None:
         f"On held-out models (bar: rank correlation {RANK_BAR})",
         ("predictor", "Spearman", "mean error %", "largest error %"),
         quality_rows,
-    )
-
-
-def show_slimmed(threads: int, cell: Mapping[str, Any]) -> None:
-    """Print how slimmed networks met their times."""
-    common.table(
-        f"Time asked for, as a share of the dense network's, {threads} thread{'s' * (threads > 1)}",
-        ("model", "goal", "predicted", "measured", "error %", "corrected", "error %"),
-        [
-            [
-                *(item[key] for key in ("model", "goal", "predicted", "measured")),
-                100 * item["error"],
-                item["corrected"],
-                100 * item["corrected_error"],
-            ]
-            for item in cell["slimmed"]
-        ],
-        note=f"Within {GOAL_BAR:.0%}: {cell['goals_met']} of {len(cell['slimmed'])} by prediction alone, "
-        f"{cell['goals_met_corrected']} after one measurement.",
     )
 
 
