@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import ClassVar, Literal, get_args
 
-import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from cveff.backbones.reparameterize import Reparameterize, has_branches
-from cveff.compress.quant.capture import capture, constant, identify
-from cveff.compress.quant.network import QuantizedGraph, Roundings, insert, is_quantized
-from cveff.compress.quant.placement import Placement, Scheme, place
-from cveff.compress.quant.ranges import Method, Watch, find_range, weight_range
-from cveff.compress.quant.round_weights import round_weights
+from cveff.compress.quant.network import QuantizedGraph, is_quantized
+from cveff.compress.quant.placement import Placement, Scheme
+from cveff.compress.quant.post_training import PostTraining, WeightRounding
+from cveff.compress.quant.ranges import Method
 from cveff.compress.samples import samples
 from cveff.errors import StepError
 from cveff.model import Model, with_module
 from cveff.steps import Run
 
 Precision = Literal["int8"]
-WeightRounding = Literal["nearest", "compensated"]
 
 
 @dataclass(frozen=True)
@@ -33,10 +30,15 @@ class Quantize:
     Attributes:
         precision: "int8": weights and activations.
         scheme: where and how tensors are rounded (`cveff.compress.quant.placement`).
-        method: how ranges of activations are found.
+        method: how ranges of activations are found; "auto" takes the one that changes the logits least.
         weight_method: how those of weights are: "minmax", or "mse" for the least error.
-        weights: "nearest", or "compensated": errors of a layer's weights make up for each other (GPTQ).
-        images: most calibration images.
+        weights: "nearest", "compensated": errors of a layer's weights make up for each other (GPTQ), or "learned":
+            block by block, which way each weight is rounded (AdaRound, BRECQ).
+        equalize: move what makes tensors hard to round into the weights around them (cross-layer equalization,
+            SmoothQuant); "auto" does where that changes the logits less.
+        saturation: "narrow" gives wider steps to channels whose 16-bit sums clip on x86 without VNNI; "ignore" does not;
+            "auto" does if this is such a processor.
+        images: most calibration images; fewer are used once ranges settle.
         exclude: operators that stay in floats, by the names in the report.
 
     Raises:
@@ -45,10 +47,12 @@ class Quantize:
 
     precision: Precision = "int8"
     scheme: Scheme = "cpu"
-    method: Method = "percentile"
+    method: Method | Literal["auto"] = "auto"
     weight_method: Literal["minmax", "mse"] = "minmax"
     weights: WeightRounding = "compensated"
-    images: int = 256
+    equalize: bool | Literal["auto"] = "auto"
+    saturation: Literal["auto", "narrow", "ignore"] = "auto"
+    images: int = 512
     exclude: tuple[str, ...] = ()
 
     kind: ClassVar[str] = "quantize"
@@ -56,14 +60,17 @@ class Quantize:
 
     def __post_init__(self) -> None:
         for name, allowed in (
-            ("precision", Precision),
-            ("scheme", Scheme),
-            ("method", Method),
-            ("weights", WeightRounding),
+            ("precision", get_args(Precision)),
+            ("scheme", get_args(Scheme)),
+            ("method", (*get_args(Method), "auto")),
+            ("weight_method", ("minmax", "mse")),
+            ("weights", get_args(WeightRounding)),
+            ("equalize", (True, False, "auto")),
+            ("saturation", ("auto", "narrow", "ignore")),
         ):
-            if getattr(self, name) not in get_args(allowed):
+            if getattr(self, name) not in allowed:
                 raise StepError(
-                    f"quantize.{name} is {getattr(self, name)!r}; give one of {', '.join(get_args(allowed))}"
+                    f"quantize.{name} is {getattr(self, name)!r}; give one of {', '.join(map(str, allowed))}"
                 )
         if self.images < 1:
             raise StepError(f"quantize.images is {self.images}; give 1 or more")
@@ -76,38 +83,17 @@ class Quantize:
         """
         if is_quantized(model.module):
             raise StepError(f"{model.spec.architecture} is quantized already; start from the float model")
-        assert run.data is not None and run.data.train is not None
-        batches = [
-            images for images, _ in samples(run.data.train, model.spec.input, self.images, seed=run.seed)
-        ]
         if has_branches(model.module):
             model = Reparameterize()(model, run)
-        graph = capture(model.module, model.spec.input)
-        placement = place(graph, self.scheme, self.exclude)
-        roundings = insert(graph, placement)
-        self.calibrate(graph, placement, roundings, batches, run)
+        work = PostTraining(self, self._images(model, run), seed=run.seed, progress=run.progress)
+        graph, placement = work.quantize(model.module, model.spec.input)
         return with_module(model, graph, edit_of(model, placement))
 
-    def calibrate(
-        self, graph: fx.GraphModule, placement: Placement, roundings: Roundings, batches: list[Tensor], run: Run
-    ) -> None:
-        """Set every step from the images, then round the weights."""
-        watch = Watch(graph, roundings.tensors)
-        histograms = watch.histograms(
-            batches, lambda items: run.progress.track(items, "calibrating", len(batches))
-        )
-        for name, rounding in roundings.tensors.items():
-            low, high = find_range(histograms[name], rounding.grid, self.method)
-            rounding.set_range(torch.tensor(low), torch.tensor(high))
-        nodes = identify(graph)
-        for site in placement.weights:
-            rounded: Any = nodes[site.reader].args[1]
-            weight = constant(graph, rounded.args[0])
-            assert weight is not None
-            rounding = roundings.weights[site.reader]
-            rounding.set_range(*weight_range(weight, site.axis, rounding.grid, self.weight_method))
-        if self.weights == "compensated":
-            round_weights(graph, batches, seed=run.seed)
+    def _images(self, model: Model, run: Run) -> list[Tensor]:
+        assert run.data is not None
+        return [
+            images for images, _ in samples(run.data.train, model.spec.input, self.images, seed=run.seed)
+        ]
 
 
 def edit_of(model: Model, placement: Placement) -> QuantizedGraph:
@@ -122,4 +108,3 @@ def edit_of(model: Model, placement: Placement) -> QuantizedGraph:
 def _json(site: object) -> dict[str, object]:
     values = dataclasses.asdict(site)  # type: ignore[call-overload]
     return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
-

@@ -155,7 +155,7 @@ class _Walk:
 
     def for_reader(self, tensor: fx.Node, reader: fx.Node) -> None:
         """`reader` does."""
-        while _pads_zeros(tensor):
+        while pads_zeros(tensor):
             tensor, reader = tensor.args[0], tensor  # type: ignore[assignment]
         if tensor not in self.names:
             return
@@ -253,7 +253,8 @@ def _is_float(node: fx.Node) -> bool:
     return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
-def _pads_zeros(node: fx.Node) -> bool:
+def pads_zeros(node: Any) -> bool:
+    """Whether an operator does nothing but put zeros around an image."""
     if node.target not in _PADS:
         return False
     value: Any = node.args[3] if len(node.args) > 3 else node.args[2] if node.target is aten.constant_pad_nd.default and len(node.args) > 2 else 0

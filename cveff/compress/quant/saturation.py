@@ -11,11 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from cveff.compress.quant.fake_quant import FakeQuantize
+from cveff.compress.quant.placement import pads_zeros
 from cveff.compress.quant.layers import Layer, find_layers, observe, weight_rounding
 
 LIMIT = 32767
@@ -197,7 +199,9 @@ def _is_depthwise(graph: fx.GraphModule, layer: Layer) -> bool:
 
 
 def _of_input(graph: fx.GraphModule, layer: Layer) -> FakeQuantize | None:
-    node = layer.node.args[0]
+    node: Any = layer.node.args[0]
+    while isinstance(node, fx.Node) and pads_zeros(node):
+        node = node.args[0]
     if isinstance(node, fx.Node) and node.op == "call_module":
         found = graph.get_submodule(str(node.target))
         return found if isinstance(found, FakeQuantize) else None

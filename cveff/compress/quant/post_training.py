@@ -1,0 +1,198 @@
+"""Post-training quantization of a network to 8-bit integers, from a few hundred images without labels.
+
+What is to be chosen (how ranges are found, whether channels are equalized) is chosen by what it does to the logits of images
+that the ranges were not taken from.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, fx, nn
+
+from cveff.compress.quant.adaround import reconstruct
+from cveff.compress.quant.capture import capture, constant, identify
+from cveff.compress.quant.equalize import equalize, find_links
+from cveff.compress.quant.error import logits, relative_error
+from cveff.compress.quant.network import Roundings, insert
+from cveff.compress.quant.placement import Placement, Scheme, place
+from cveff.compress.quant.ranges import Method, Watch, drift, rounding_off, weight_range
+from cveff.compress.quant.round_weights import round_weights
+from cveff.compress.quant.saturation import narrow, predict_saturation
+from cveff.errors import StepError
+from cveff.progress import Progress, Silent
+from cveff.runtime.input_spec import InputSpec
+
+WeightRounding = Literal["nearest", "compensated", "learned"]
+
+SETTLED = 0.02
+"""Ranges that move by less of their width when the images are doubled have settled."""
+WARN = 0.1
+FIRST = 64
+"""Images after which settling is looked at for the first time."""
+_METHODS: tuple[Method, ...] = ("mse", "percentile", "minmax")
+
+
+@dataclass
+class PostTraining:
+    """Settings, as `Quantize` describes them.
+
+    Attributes:
+        narrow: give wider steps to weights of channels that clip on x86 without VNNI.
+    """
+
+    scheme: Scheme = "cpu"
+    method: Method | Literal["auto"] = "auto"
+    weight_method: Literal["minmax", "mse"] = "minmax"
+    weights: WeightRounding = "compensated"
+    equalize: bool | Literal["auto"] = "auto"
+    narrow: bool = False
+    exclude: tuple[str, ...] = ()
+    seed: int = 0
+    progress: Progress = field(default_factory=Silent)
+
+    def quantize(self, module: nn.Module, spec: InputSpec, batches: Sequence[Tensor]) -> Quantized:
+        """The rounded graph of `module`, which is left as it is.
+
+        Args:
+            batches: images (B, C, H, W), normalised.
+
+        Raises:
+            StepError: no images, the network cannot be captured, or it overflows on them.
+        """
+        if not batches or not len(batches[0]):
+            raise StepError("there are no calibration images; give at least one, better 100 to 500")
+        exact = capture(module, spec)
+        held = batches[-max(1, len(batches) // 4) :] if len(batches) > 1 else batches
+        expected = logits(exact, held)
+        links = find_links(exact) if self.equalize else []
+        best: Quantized | None = None
+        for is_equalized in (False, True) if self.equalize == "auto" else (bool(self.equalize),):
+            if is_equalized and not links:
+                if best is not None:
+                    continue
+                is_equalized = False
+            graph = copy.deepcopy(exact)
+            if is_equalized:
+                equalize(graph, find_links(graph), batches)
+            found = self._attempt(graph, exact, batches, held, expected)
+            found.equalized = len(links) if is_equalized else 0
+            if self.equalize == "auto" and links:
+                self.progress.message(
+                    f"{'with' if is_equalized else 'without'} equalization: error {found.error:.4f} of the logits' energy"
+                )
+            if best is None or found.error < best.error:
+                best = found
+        assert best is not None
+        if self.weights == "learned":
+            self._learn(best, exact, batches)
+            best.error = relative_error(logits(best.graph, held), expected)
+        return best
+
+    def _attempt(
+        self,
+        graph: fx.GraphModule,
+        exact: fx.GraphModule,
+        batches: Sequence[Tensor],
+        held: Sequence[Tensor],
+        expected: Tensor,
+    ) -> Quantized:
+        placement = place(graph, self.scheme, self.exclude)
+        roundings = insert(graph, placement)
+        watch = Watch(graph, roundings.tensors)
+        images = self._watch(watch, batches)
+        method = self._set_ranges(graph, watch, roundings, held, expected)
+        nodes = identify(graph)
+        for site in placement.weights:
+            rounded: Any = nodes[site.reader].args[1]
+            weight = constant(graph, rounded.args[0])
+            assert weight is not None
+            rounding = roundings.weights[site.reader]
+            rounding.set_range(*weight_range(weight, site.axis, rounding.grid, self.weight_method))
+        seen = batches[: -(-images // len(batches[0]))]
+        narrowed: dict[str, int] = {}
+        if self.narrow:
+            narrowed = narrow(graph, predict_saturation(graph, seen, seed=self.seed))
+        unrounded = copy.deepcopy(graph.state_dict()) if self.weights == "learned" else None
+        if self.weights != "nearest":
+            round_weights(graph, seen, seed=self.seed)
+        error = relative_error(logits(graph, held), expected)
+        return Quantized(graph, placement, roundings, method, images, error, narrowed, unrounded)
+
+    def _watch(self, watch: Watch, batches: Sequence[Tensor]) -> int:
+        """Let `watch` see images until ranges settle; returns how many."""
+        total = sum(len(images) for images in batches)
+        images, check, before = 0, min(FIRST, max(1, total // 2)), None
+        moved, where = 0.0, ""
+        for batch in self.progress.track(batches, "calibrating", len(batches)):
+            watch.see([batch])
+            images += len(batch)
+            if images < check and images < total:
+                continue
+            after = watch.ranges("percentile")
+            if before is not None:
+                moved, where = drift(before, after)
+                if moved < SETTLED:
+                    return images
+            before, check = after, 2 * images
+        if moved > WARN or total < FIRST:
+            self.progress.message(
+                f"warning: {total} calibration images are few: the range of {where or 'every tensor'} moved by "
+                f"{100 * moved:.0f}% from the first half of them to all; give more"
+            )
+        return images
+
+    def _set_ranges(
+        self,
+        graph: fx.GraphModule,
+        watch: Watch,
+        roundings: Roundings,
+        held: Sequence[Tensor],
+        expected: Tensor,
+    ) -> Method:
+        methods = _METHODS if self.method == "auto" else (self.method,)
+        errors: dict[Method, float] = {}
+        for method in methods:
+            _put(roundings, watch, method)
+            if len(methods) > 1:
+                with rounding_off(graph, roundings.weights.values()):
+                    errors[method] = relative_error(logits(graph, held), expected)
+        chosen = min(errors, key=lambda method: errors[method]) if errors else methods[0]
+        _put(roundings, watch, chosen)
+        return chosen
+
+    def _learn(self, found: Quantized, exact: fx.GraphModule, batches: Sequence[Tensor]) -> None:
+        assert found.unrounded is not None
+        raise NotImplementedError
+
+
+@dataclass
+class Quantized:
+    """A rounded network.
+
+    Attributes:
+        graph, placement, roundings: it, and what is rounded.
+        method: how its ranges were found, from `images` images.
+        error: energy of the change of the logits over that of their differences between classes, on held-out images.
+        narrowed: layer -> channels whose steps are wider so that 16-bit sums do not clip.
+        equalized: tensors whose channels were equalized.
+    """
+
+    graph: fx.GraphModule
+    placement: Placement
+    roundings: Roundings
+    method: Method
+    images: int
+    error: float
+    narrowed: dict[str, int]
+    unrounded: dict[str, Tensor] | None = field(default=None, repr=False)
+    equalized: int = 0
+
+
+def _put(roundings: Roundings, watch: Watch, method: Method) -> None:
+    for name, (low, high) in watch.ranges(method).items():
+        roundings.tensors[name].set_range(torch.tensor(low), torch.tensor(high))
