@@ -3,7 +3,7 @@
 An engine runs an operator on integers if everything it reads is rounded and (for most) what it writes is rounded as well.
 What is decided here are tensors and who reads them rounded; engines differ in what they ask for:
 
-- "cpu" (ONNX Runtime, OpenVINO): convolutional networks stay in integers from end to end, through additions,
+- "cpu" and its variants (ONNX Runtime, OpenVINO): convolutional networks stay in integers from end to end, through additions,
   concatenations and pooling. Networks with layer norms do not: rounding their residual stream costs accuracy and buys
   nothing, so only layers with weights are rounded, and matrix products return floats.
 - "tensorrt": inputs of layers with weights and of attention's products, and one branch of each residual addition (the other
@@ -23,8 +23,9 @@ from cveff.compress.quant.capture import CONVOLUTIONS, aten, constant, identify,
 from cveff.compress.quant.fake_quant import Grid
 from cveff.errors import StepError
 
-Scheme = Literal["cpu", "cpu-signed", "tensorrt"]
-"""What the engine asks for; "cpu-signed" is "cpu" with symmetric signed activations (Arm)."""
+Scheme = Literal["cpu", "cpu-signed", "openvino", "tensorrt"]
+"""What the engine asks for. "cpu-signed" is "cpu" with symmetric signed activations (Arm); in "openvino" those with negative
+values are symmetric and signed, so that no zero point has to be subtracted."""
 
 LINEAR = {aten.linear.default}
 PRODUCTS = {aten.matmul.default, aten.bmm.default}
@@ -125,8 +126,8 @@ def place(graph: fx.GraphModule, scheme: Scheme = "cpu", exclude: Collection[str
     unknown = sorted(set(exclude) - set(identify(graph)))
     if unknown:
         raise StepError(f"{unknown[0]!r} is no operator of this network; see the names in the report")
-    walk = _TensorRT if scheme == "tensorrt" else _Cpu
-    found = walk(graph, frozenset(exclude), signed=scheme != "cpu").placement()
+    walk = _TensorRT if scheme == "tensorrt" else _OpenVino if scheme == "openvino" else _Cpu
+    found = walk(graph, frozenset(exclude), signed=scheme in ("cpu-signed", "tensorrt")).placement()
     if not found.weights:
         raise StepError("no layer with weights is left to quantize")
     return found
@@ -184,10 +185,14 @@ class _Walk:
 
 
 class _Cpu(_Walk):
+    products = False
+
     def placement(self) -> Placement:
         nodes = list(self.graph.graph.nodes)
         end_to_end = not any(node.target in _NORMS for node in nodes)
         integer = set(self.integer)
+        if self.products:
+            integer |= {node for node in nodes if node.target in PRODUCTS} - self.excluded
         if end_to_end:
             integer |= {node for node in nodes if self._can_be_integer(node)} - self.excluded
         for node in nodes:
@@ -195,7 +200,7 @@ class _Cpu(_Walk):
                 for tensor in _activations(node):
                     self.for_reader(tensor, node)
         for node in nodes:
-            if node in integer and node.target not in LINEAR:
+            if node in integer and node.target not in LINEAR | PRODUCTS:
                 self.for_all(_behind_clamps(node))
         for node in nodes:
             source = node.args[0] if node.args else None
@@ -210,6 +215,12 @@ class _Cpu(_Walk):
         activations = list(_activations(node))
         wanted = len(node.args[0]) if node.target is aten.cat.default else 2 if node.target in _COMBINING else 1  # type: ignore[arg-type]
         return len(activations) == wanted and all(tensor in self.names for tensor in activations)
+
+
+class _OpenVino(_Cpu):
+    """As `_Cpu`; products of attention too: OpenVINO has integer kernels for them."""
+
+    products = True
 
 
 class _TensorRT(_Walk):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 
 from cveff.compress.quant.adaround import reconstruct
 from cveff.compress.quant.capture import capture, constant, identify
+from cveff.compress.quant.fake_quant import Grid
 from cveff.compress.quant.equalize import equalize, find_links
 from cveff.compress.quant.error import logits, relative_error
 from cveff.compress.quant.network import Roundings, insert
@@ -105,6 +106,8 @@ class PostTraining:
         roundings = insert(graph, placement)
         watch = Watch(graph, roundings.tensors)
         images = self._watch(watch, batches)
+        if self.scheme == "openvino":
+            placement = _signed_where_negative(placement, roundings, watch)
         method = self._set_ranges(graph, watch, roundings, held, expected)
         nodes = identify(graph)
         for site in placement.weights:
@@ -191,6 +194,18 @@ class Quantized:
     narrowed: dict[str, int]
     unrounded: dict[str, Tensor] | None = field(default=None, repr=False)
     equalized: int = 0
+
+
+def _signed_where_negative(placement: Placement, roundings: Roundings, watch: Watch) -> Placement:
+    """Tensors with negative values get a symmetric signed grid; the others keep all of an unsigned one."""
+    signed = {name for name, histogram in watch.histograms.items() if histogram.low < 0}
+    for name in signed:
+        roundings.tensors[name].grid = Grid(8, signed=True, symmetric=True)
+    sites = tuple(
+        replace(site, signed=True, symmetric=True) if (site.like or site.tensor) in signed else site
+        for site in placement.sites
+    )
+    return replace(placement, sites=sites)
 
 
 def _put(roundings: Roundings, watch: Watch, method: Method) -> None:
