@@ -95,6 +95,7 @@ def capture(module: nn.Module, spec: InputSpec) -> fx.GraphModule:
     _functional(graph)
     _drop_idle(graph)
     _pool_by_mean(graph)
+    _name_clamps(graph)
     _split_silu(graph)
     _fold_batch_norms(graph)
     graph.graph.eliminate_dead_code()
@@ -191,6 +192,20 @@ def _pool_by_mean(graph: fx.GraphModule) -> None:
     for node in graph.graph.nodes:
         if node.target is aten.adaptive_avg_pool2d.default and all(side == 1 for side in node.args[1]):
             node.target, node.args = aten.mean.dim, (node.args[0], [-2, -1], True)
+
+
+def _name_clamps(graph: fx.GraphModule) -> None:
+    """ReLU and ReLU6 have one name each, however they are written."""
+    for node in graph.graph.nodes:
+        if node.target is aten.relu6.default:
+            node.target, node.args = aten.hardtanh.default, (node.args[0], 0.0, 6.0)
+        elif node.target in (aten.clamp.default, aten.clamp_min.default):
+            low, high = (*node.args[1:], None, None)[:2]
+            low, high = node.kwargs.get("min", low), node.kwargs.get("max", high)
+            if low == 0 and high is None:
+                node.target, node.args, node.kwargs = aten.relu.default, node.args[:1], {}
+            elif low == 0 and isinstance(high, (int, float)):
+                node.target, node.args, node.kwargs = aten.hardtanh.default, (node.args[0], 0.0, float(high)), {}
 
 
 def _split_silu(graph: fx.GraphModule) -> None:

@@ -17,7 +17,8 @@ from torch import Tensor, fx, nn
 from cveff.compress.quant.adaround import reconstruct
 from cveff.compress.quant.capture import capture, constant, identify
 from cveff.compress.quant.fake_quant import Grid
-from cveff.compress.quant.equalize import equalize, find_links
+from cveff.compress.quant.channel_groups import channel_groups
+from cveff.compress.quant.equalize import ALPHA, equalize
 from cveff.compress.quant.error import logits, relative_error
 from cveff.compress.quant.network import Roundings, insert
 from cveff.compress.quant.placement import Placement, Scheme, place
@@ -51,6 +52,7 @@ class PostTraining:
     weight_method: Literal["minmax", "mse"] = "minmax"
     weights: WeightRounding = "compensated"
     equalize: bool | Literal["auto"] = "auto"
+    alpha: float = ALPHA
     narrow: bool = False
     exclude: tuple[str, ...] = ()
     seed: int = 0
@@ -70,7 +72,7 @@ class PostTraining:
         exact = capture(module, spec)
         held = batches[-max(1, len(batches) // 4) :] if len(batches) > 1 else batches
         expected = logits(exact, held)
-        links = find_links(exact) if self.equalize else []
+        links = channel_groups(exact) if self.equalize else []
         best: Quantized | None = None
         for is_equalized in (False, True) if self.equalize == "auto" else (bool(self.equalize),):
             if is_equalized and not links:
@@ -79,7 +81,7 @@ class PostTraining:
                 is_equalized = False
             graph = copy.deepcopy(exact)
             if is_equalized:
-                equalize(graph, find_links(graph), batches)
+                equalize(graph, channel_groups(graph), batches, self.alpha)
             found = self._attempt(graph, exact, batches, held, expected)
             found.equalized = len(links) if is_equalized else 0
             if self.equalize == "auto" and links:
