@@ -13,6 +13,7 @@ from cveff.compress.quant.network import QuantizedGraph, is_quantized
 from cveff.compress.quant.placement import Placement, Scheme
 from cveff.compress.quant.post_training import PostTraining, WeightRounding
 from cveff.compress.quant.ranges import Method
+from cveff.compress.quant.saturation import saturates
 from cveff.compress.samples import samples
 from cveff.errors import StepError
 from cveff.model import Model, with_module
@@ -85,15 +86,27 @@ class Quantize:
             raise StepError(f"{model.spec.architecture} is quantized already; start from the float model")
         if has_branches(model.module):
             model = Reparameterize()(model, run)
-        work = PostTraining(self, self._images(model, run), seed=run.seed, progress=run.progress)
-        graph, placement = work.quantize(model.module, model.spec.input)
-        return with_module(model, graph, edit_of(model, placement))
+        found = PostTraining(
+            scheme=self.scheme,
+            method=self.method,
+            weight_method=self.weight_method,
+            weights=self.weights,
+            equalize=self.equalize,
+            narrow=self.saturation == "narrow" or (self.saturation == "auto" and saturates()),
+            exclude=self.exclude,
+            seed=run.seed,
+            progress=run.progress,
+        ).quantize(model.module, model.spec.input, self._images(model, run))
+        return with_module(model, found.graph, edit_of(model, found.placement))
 
     def _images(self, model: Model, run: Run) -> list[Tensor]:
         assert run.data is not None
-        return [
-            images for images, _ in samples(run.data.train, model.spec.input, self.images, seed=run.seed)
-        ]
+        if run.data.train is None:
+            raise StepError(
+                f"{run.data.name} has no training images to calibrate with; give data that has, or a folder of images"
+            )
+        found = samples(run.data.train, model.spec.input, self.images, seed=run.seed)
+        return [images for images, _ in found]
 
 
 def edit_of(model: Model, placement: Placement) -> QuantizedGraph:

@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from cveff.compress.quant.layers import Layer, Observe, find_layers, parameter, weight_rounding
 from cveff.compress.quant.ranges import rounding_off
 from cveff.errors import StepError
+from cveff.progress import Progress, Silent
 
 ZETA, GAMMA = 1.1, -0.1
 """The sigmoid is stretched to this range and clipped to [0, 1], so that it reaches both ends (section 3.2)."""
@@ -76,7 +77,7 @@ def reconstruct(
     settings: Reconstruction | None = None,
     *,
     seed: int = 0,
-    progress: Any = None,
+    progress: Progress | None = None,
 ) -> None:
     """Put every rounded layer's weight on its grid, in place, block after block.
 
@@ -88,7 +89,8 @@ def reconstruct(
     """
     settings = settings or Reconstruction()
     layers = [layer for layer in find_layers(rounded) if weight_rounding(rounded, layer) is not None]
-    for block in blocks(rounded, layers):
+    found = blocks(rounded, layers)
+    for block in (progress or Silent()).track(found, "learning roundings", len(found)):
         _reconstruct_block(rounded, exact, block, batches, settings, seed)
 
 

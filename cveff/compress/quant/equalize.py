@@ -22,6 +22,11 @@ from cveff.compress.quant.layers import Layer, Observe, parameter
 
 ALPHA = 0.5
 """The share of the difficulty that goes into the weights (SmoothQuant's default)."""
+FLOOR = 0.25
+"""Of a tensor's range: no channel is taken to be narrower. One that hardly fires on a few hundred images may on another, and
+would be clipped where its range was stretched too far."""
+MARGIN = 1.25
+"""A stretched channel is given this much more than it was seen to need below a clamp."""
 _LIMIT = 100.0
 
 
@@ -53,20 +58,20 @@ def equalize(
 
 def _scales(graph: fx.GraphModule, group: ChannelGroup, ranges: Sequence[Tensor], alpha: float) -> Tensor:
     """(channels,) what each channel is divided by."""
-    of_tensors = torch.stack([reach / reach.max().clamp(min=1e-30) for reach in ranges]).amax(0)
+    of_tensors = torch.stack([reach / reach.max().clamp(min=1e-30) for reach in ranges]).amax(0).clamp(min=FLOOR)
     columns = [_column_ranges(graph, reader) for reader in group.readers]
     of_weights = torch.stack([reach / reach.max().clamp(min=1e-30) for reach in columns]).amax(0)
     depthwise = all(reader.groups > 1 and reader.groups == len(of_tensors) for reader in group.readers)
     share = 1.0 if depthwise else alpha
     scale = of_tensors.pow(share) / of_weights.pow(1 - share).clamp(min=1e-12)
-    usable = (of_tensors > 0) & (of_weights > 0)
+    usable = of_weights > 0
     if not usable.any():
         return torch.ones_like(scale)
     if group.clamped:
         # Larger than it was made, a channel must still end below the clamp; one that is clamped stays.
-        least = torch.stack([ranges[group.tensors.index(tensor)] / limit for tensor, limit in group.clamped]).amax(0)
-        middle = scale[usable].max()
-        return torch.where(usable, torch.maximum(scale / middle, least), 1.0).clamp(1 / _LIMIT, 1.0)
+        reach = torch.stack([ranges[group.tensors.index(tensor)] / limit for tensor, limit in group.clamped]).amax(0)
+        least = (MARGIN * reach).clamp(FLOOR, 1.0)
+        return torch.where(usable, torch.maximum(scale / scale[usable].max(), least), 1.0)
     middle = scale[usable].log().mean().exp()
     return torch.where(usable, (scale / middle).clamp(1 / _LIMIT, _LIMIT), 1.0)
 

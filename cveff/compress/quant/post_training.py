@@ -20,6 +20,7 @@ from cveff.compress.quant.fake_quant import Grid
 from cveff.compress.quant.channel_groups import channel_groups
 from cveff.compress.quant.equalize import ALPHA, equalize
 from cveff.compress.quant.error import logits, relative_error
+from cveff.compress.quant.layers import find_layers
 from cveff.compress.quant.network import Roundings, insert
 from cveff.compress.quant.placement import Placement, Scheme, place
 from cveff.compress.quant.ranges import Method, Watch, drift, rounding_off, weight_range
@@ -79,10 +80,10 @@ class PostTraining:
                 if best is not None:
                     continue
                 is_equalized = False
-            graph = copy.deepcopy(exact)
+            source = copy.deepcopy(exact)
             if is_equalized:
-                equalize(graph, channel_groups(graph), batches, self.alpha)
-            found = self._attempt(graph, exact, batches, held, expected)
+                equalize(source, channel_groups(source), batches, self.alpha)
+            found = self._attempt(source, batches, held, expected)
             found.equalized = len(links) if is_equalized else 0
             if self.equalize == "auto" and links:
                 self.progress.message(
@@ -92,18 +93,18 @@ class PostTraining:
                 best = found
         assert best is not None
         if self.weights == "learned":
-            self._learn(best, exact, batches)
+            self._learn(best, batches)
             best.error = relative_error(logits(best.graph, held), expected)
         return best
 
     def _attempt(
         self,
-        graph: fx.GraphModule,
         exact: fx.GraphModule,
         batches: Sequence[Tensor],
         held: Sequence[Tensor],
         expected: Tensor,
     ) -> Quantized:
+        graph = copy.deepcopy(exact)
         placement = place(graph, self.scheme, self.exclude)
         roundings = insert(graph, placement)
         watch = Watch(graph, roundings.tensors)
@@ -122,11 +123,10 @@ class PostTraining:
         narrowed: dict[str, int] = {}
         if self.narrow:
             narrowed = narrow(graph, predict_saturation(graph, seen, seed=self.seed))
-        unrounded = copy.deepcopy(graph.state_dict()) if self.weights == "learned" else None
         if self.weights != "nearest":
             round_weights(graph, seen, seed=self.seed)
         error = relative_error(logits(graph, held), expected)
-        return Quantized(graph, placement, roundings, method, images, error, narrowed, unrounded)
+        return Quantized(graph, exact, placement, roundings, method, images, error, narrowed)
 
     def _watch(self, watch: Watch, batches: Sequence[Tensor]) -> int:
         """Let `watch` see images until ranges settle; returns how many."""
@@ -170,9 +170,12 @@ class PostTraining:
         _put(roundings, watch, chosen)
         return chosen
 
-    def _learn(self, found: Quantized, exact: fx.GraphModule, batches: Sequence[Tensor]) -> None:
-        assert found.unrounded is not None
-        raise NotImplementedError
+    def _learn(self, found: Quantized, batches: Sequence[Tensor]) -> None:
+        """Put the float weights back and learn how each is rounded."""
+        others = {layer.name: layer for layer in find_layers(found.exact)}
+        for layer in find_layers(found.graph):
+            layer.put(found.graph, others[layer.name].matrix(found.exact))
+        reconstruct(found.graph, found.exact, batches, seed=self.seed, progress=self.progress)
 
 
 @dataclass
@@ -180,7 +183,8 @@ class Quantized:
     """A rounded network.
 
     Attributes:
-        graph, placement, roundings: it, and what is rounded.
+        graph: it; `exact`: the same without roundings, channels equalized where they were.
+        placement, roundings: what is rounded.
         method: how its ranges were found, from `images` images.
         error: energy of the change of the logits over that of their differences between classes, on held-out images.
         narrowed: layer -> channels whose steps are wider so that 16-bit sums do not clip.
@@ -188,13 +192,13 @@ class Quantized:
     """
 
     graph: fx.GraphModule
+    exact: fx.GraphModule
     placement: Placement
     roundings: Roundings
     method: Method
     images: int
     error: float
     narrowed: dict[str, int]
-    unrounded: dict[str, Tensor] | None = field(default=None, repr=False)
     equalized: int = 0
 
 

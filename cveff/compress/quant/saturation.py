@@ -19,8 +19,15 @@ from torch import Tensor, fx
 from cveff.compress.quant.fake_quant import FakeQuantize
 from cveff.compress.quant.placement import pads_zeros
 from cveff.compress.quant.layers import Layer, find_layers, observe, weight_rounding
+from cveff.runtime.machine import isa
 
 LIMIT = 32767
+
+
+def saturates() -> bool:
+    """Whether this is an x86 processor whose integer kernels clip."""
+    own = isa()
+    return "avx2" in own and not {"avx_vnni", "avx512_vnni"}.intersection(own)
 
 
 @dataclass(frozen=True)
