@@ -19,6 +19,7 @@ from cveff.export.metadata import write_metadata
 from cveff.export.normalize import deployable
 from cveff.export.qdq import finish, has_rounding, translations
 from cveff.export.simplify import fold_scale, simplify
+from cveff.export.trt_check import require_tensorrt
 from cveff.files import atomic_path
 from cveff.measure.parity import relative_difference
 from cveff.model import Model
@@ -49,8 +50,9 @@ def export(model: Model, path: str | Path, *, opset: int = OPSET, check: bool = 
         `path`.
 
     Raises:
-        ExportError: the exporter cannot express the network, the result is not valid ONNX, it is larger than
-            2 GB, or its logits differ from PyTorch's by more than `TOLERANCE`.
+        ExportError: the exporter cannot express the network, the result is not valid ONNX (or, for a network rounded
+            for TensorRT, not what that takes), it is larger than 2 GB, or its logits differ from PyTorch's by more
+            than `TOLERANCE`.
     """
     path = Path(path)
     _refuse_too_large(model)
@@ -72,7 +74,7 @@ def _finish(
 ) -> bytes:
     """Fold the pixels' scale, describe, validate and (with `check`) compare a graph; returns the file's bytes."""
     if has_rounding(proto):
-        finish(proto, integer_biases=True)
+        finish(proto, integer_biases=not _for_tensorrt(model))
     else:
         fold_scale(proto)
     write_metadata(proto, model.spec, unsimplified)
@@ -82,6 +84,8 @@ def _finish(
         raise ExportError(
             f"{model.spec.architecture}: the exported graph is not valid ONNX: {first_line(error)}"
         ) from error
+    if _for_tensorrt(model):
+        require_tensorrt(proto)
     serialized: bytes = proto.SerializeToString(deterministic=True)
     if check:
         worst = difference(serialized, network, model)
@@ -91,6 +95,10 @@ def _finish(
                 f"largest logit, more than {TOLERANCE:.0e}; no file was written"
             )
     return serialized
+
+
+def _for_tensorrt(model: Model) -> bool:
+    return any(getattr(edit, "scheme", "") == "tensorrt" for edit in model.spec.edits)
 
 
 def difference(serialized: bytes, network: nn.Module, model: Model) -> float:

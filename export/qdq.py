@@ -46,7 +46,7 @@ def finish(proto: onnx.ModelProto, *, integer_biases: bool) -> None:
 
     Args:
         integer_biases: biases of layers on integers as int32 with the product of the steps (ONNX Runtime, OpenVINO);
-            TensorRT wants floats.
+            TensorRT wants floats, and one scale on both sides of a pair.
 
     Raises:
         ExportError: a step is not a constant of the file.
@@ -55,8 +55,8 @@ def finish(proto: onnx.ModelProto, *, integer_biases: bool) -> None:
     graph.fold_zero_points()
     graph.store_weights()
     graph.transpose_weights()
-    graph.scale_pixels()
     if integer_biases:
+        graph.scale_pixels()
         graph.store_biases()
     graph.clean()
 

@@ -116,6 +116,7 @@ def edit_of(model: Model, placement: Placement) -> QuantizedGraph:
         input=model.spec.input.to_json(),
         sites=tuple(_json(site) for site in placement.sites),
         weights=tuple(_json(site) for site in placement.weights),
+        scheme=placement.scheme,
     )
 
 

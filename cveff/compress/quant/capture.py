@@ -184,6 +184,8 @@ def _drop_idle(graph: fx.GraphModule) -> None:
         if node.target in _NOTHING or contiguous or (node.target is aten.clone.default):
             node.replace_all_uses_with(node.args[0])
             graph.graph.erase_node(node)
+        elif node.target is aten.view.default:
+            node.target = aten.reshape.default  # what made its input contiguous is gone
 
 
 def _pool_by_mean(graph: fx.GraphModule) -> None:

@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from cveff.compress.quant.capture import capture, constant, identify, set_parameter
 from cveff.compress.quant.fake_quant import FakeQuantize
-from cveff.compress.quant.placement import Placement, Site, WeightSite
+from cveff.compress.quant.placement import Placement, Scheme, Site, WeightSite
 from cveff.errors import CheckpointError
 from cveff.runtime.input_spec import InputSpec
 
@@ -28,11 +28,13 @@ class QuantizedGraph:
     Attributes:
         input: `InputSpec` as JSON: what the graph is captured for.
         sites, weights: see `Placement`; as JSON.
+        scheme: whose engine the file is written for.
     """
 
     input: Any
     sites: tuple[Any, ...] = ()
     weights: tuple[Any, ...] = ()
+    scheme: Scheme = "cpu"
     kind: ClassVar[str] = "quantize"
 
     def apply(self, module: nn.Module) -> nn.Module:
@@ -52,6 +54,7 @@ class QuantizedGraph:
         return Placement(
             tuple(Site(**_fields(item)) for item in self.sites),
             tuple(WeightSite(**_fields(item)) for item in self.weights),
+            scheme=self.scheme,
         )
 
 

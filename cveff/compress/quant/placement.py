@@ -13,7 +13,7 @@ What is decided here are tensors and who reads them rounded; engines differ in w
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -104,11 +104,13 @@ class Placement:
         sites: tensors, in the order they are computed.
         weights: the layers that run on integers.
         excluded: layers that could, and were to stay in floats.
+        scheme: whose engine it is for.
     """
 
     sites: tuple[Site, ...]
     weights: tuple[WeightSite, ...]
     excluded: tuple[str, ...] = ()
+    scheme: Scheme = "cpu"
 
 
 def place(graph: fx.GraphModule, scheme: Scheme = "cpu", exclude: Collection[str] = ()) -> Placement:
@@ -126,7 +128,7 @@ def place(graph: fx.GraphModule, scheme: Scheme = "cpu", exclude: Collection[str
     if unknown:
         raise StepError(f"{unknown[0]!r} is no operator of this network; see the names in the report")
     walk = _TensorRT if scheme == "tensorrt" else _Cpu
-    found = walk(graph, frozenset(exclude), signed=scheme != "cpu").placement()
+    found = replace(walk(graph, frozenset(exclude), signed=scheme != "cpu").placement(), scheme=scheme)
     if not found.weights:
         raise StepError("no layer with weights is left to quantize")
     return found
@@ -215,19 +217,26 @@ class _Cpu(_Walk):
 class _TensorRT(_Walk):
     def placement(self) -> Placement:
         for node in self.graph.graph.nodes:
-            if node in self.integer or (node.target in PRODUCTS and node not in self.excluded):
+            if node in self.integer or self._is_product(node):
                 for tensor in _activations(node):
                     self.for_reader(tensor, node)
-            if node.target is aten.add.Tensor and node not in self.excluded:
+            elif node.target is aten.add.Tensor and node not in self.excluded:
                 skip = self._skip_of(node)
                 if skip is not None:
                     self.for_reader(skip, node)
         return self.result()
 
+    def _is_product(self, node: fx.Node) -> bool:
+        """A product of two computed matrices: with one in floats, rounding the other would be in vain."""
+        if node.target not in PRODUCTS or node in self.excluded:
+            return False
+        tensors = list(_activations(node))
+        return len(tensors) == 2 and all(tensor in self.names for tensor in tensors)
+
     def _skip_of(self, node: fx.Node) -> fx.Node | None:
         """The branch of an addition that is not the convolution it will be fused into."""
         tensors = list(_activations(node))
-        if len(tensors) != 2:
+        if len(tensors) != 2 or "alpha" in node.kwargs or _shape(tensors[0]) != _shape(tensors[1]):
             return None
         fused = [
             tensor
@@ -235,6 +244,11 @@ class _TensorRT(_Walk):
             if tensor in self.integer and tensor.target in CONVOLUTIONS and len(tensor.users) == 1
         ]
         return next((tensor for tensor in tensors if tensor is not fused[0]), None) if fused else None
+
+
+def _shape(node: fx.Node) -> torch.Size:
+    value = node.meta["val"]
+    return value.shape  # type: ignore[no-any-return]
 
 
 def _activations(node: fx.Node) -> Iterator[fx.Node]:
