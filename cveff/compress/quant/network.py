@@ -131,6 +131,11 @@ def is_quantized(module: nn.Module) -> bool:
     return any(isinstance(part, FakeQuantize) for part in module.modules())
 
 
+def is_cast(module: nn.Module) -> bool:
+    """Whether a network computes in float16 or bfloat16 somewhere."""
+    return any(value.dtype in (torch.float16, torch.bfloat16) for value in module.state_dict().values())
+
+
 def _add_bias(graph: fx.GraphModule, node: fx.Node, size: int) -> None:
     """A bias of zeros, so that what rounding does to a layer's mean can be put right."""
     weight: Any = node.args[1]
