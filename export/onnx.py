@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from cveff.errors import EngineError, ExportError
+from cveff.export.bfloat16 import has_bfloat16, in_float32
 from cveff.export.metadata import write_metadata
 from cveff.export.normalize import deployable
 from cveff.export.qdq import finish, has_rounding, translations
@@ -29,8 +30,12 @@ from cveff.runtime.errors import first_line
 _log = logging.getLogger(__name__)
 
 OPSET = 20
+BFLOAT16_OPSET = 22
+"""The first in which convolutions and pooling take bfloat16."""
 TOLERANCE = 1e-4
 """Largest allowed max|onnx - torch| / max|torch| over the logits."""
+TOLERANCES = {torch.float16: 1e-2, torch.bfloat16: 5e-2}
+"""The same for a network in 16 bits: sums in another order are rounded to other neighbours."""
 MAX_BYTES = 2**31 - 2**20
 """protobuf cannot hold more; the graph itself is given one MiB."""
 
@@ -43,7 +48,7 @@ def export(model: Model, path: str | Path, *, opset: int = OPSET, check: bool = 
 
     Args:
         path: the file to write, atomically; conventionally `*.onnx`.
-        opset: version of the ONNX operator set.
+        opset: version of the ONNX operator set; a network in bfloat16 gets 22 at least.
         check: run the file with ONNX Runtime at batch 1 and 3 and compare it with PyTorch.
 
     Returns:
@@ -51,12 +56,14 @@ def export(model: Model, path: str | Path, *, opset: int = OPSET, check: bool = 
 
     Raises:
         ExportError: the exporter cannot express the network, the result is not valid ONNX (or, for a network rounded
-            for TensorRT, not what that takes), it is larger than 2 GB, or its logits differ from PyTorch's by more
+            for TensorRT or in 16 bits, not what that takes), it is larger than 2 GB, or its logits differ from PyTorch's by more
             than `TOLERANCE`.
     """
     path = Path(path)
     _refuse_too_large(model)
     network = deployable(model.module, model.spec.input)
+    if torch.bfloat16 in _types(network):
+        opset = max(opset, BFLOAT16_OPSET)
     traced = _trace(network, model, opset)
     try:
         serialized = _finish(simplify(traced), model, network, check)
@@ -84,17 +91,23 @@ def _finish(
         raise ExportError(
             f"{model.spec.architecture}: the exported graph is not valid ONNX: {first_line(error)}"
         ) from error
-    if _for_tensorrt(model):
+    if _for_tensorrt(model) or _types(network) & TOLERANCES.keys():
         require_tensorrt(proto)
     serialized: bytes = proto.SerializeToString(deterministic=True)
     if check:
-        worst = difference(serialized, network, model)
-        if not worst <= TOLERANCE:
+        runnable = in_float32(proto).SerializeToString() if has_bfloat16(proto) else serialized
+        worst = difference(runnable, network, model)
+        tolerance = max(TOLERANCES.get(kind, TOLERANCE) for kind in _types(network))
+        if not worst <= tolerance:
             raise ExportError(
                 f"{model.spec.architecture}: the ONNX file's logits differ from PyTorch's by {worst:.2e} of the "
-                f"largest logit, more than {TOLERANCE:.0e}; no file was written"
+                f"largest logit, more than {tolerance:.0e}; no file was written"
             )
     return serialized
+
+
+def _types(network: nn.Module) -> set[torch.dtype]:
+    return {value.dtype for value in network.state_dict().values()}
 
 
 def _for_tensorrt(model: Model) -> bool:
