@@ -39,7 +39,9 @@ def in_float32(proto: onnx.ModelProto) -> onnx.ModelProto:
                     continue
                 if name not in widened:
                     widened.add(name)
-                    result.graph.node.append(helper.make_node("Cast", [name], [f"{name}_float32"], to=TensorProto.FLOAT))
+                    result.graph.node.append(
+                        helper.make_node("Cast", [name], [f"{name}_float32"], to=TensorProto.FLOAT)
+                    )
                 node.input[place] = f"{name}_float32"
         after = []
         for place, name in enumerate(node.output):

@@ -16,6 +16,7 @@ from torch import nn
 
 from cveff.errors import EngineError, ExportError
 from cveff.export.bfloat16 import has_bfloat16, in_float32
+from cveff.export.layer_check import compare_layers
 from cveff.export.metadata import write_metadata
 from cveff.export.normalize import deployable
 from cveff.export.qdq import finish, has_rounding, translations
@@ -94,7 +95,9 @@ def _finish(
     if _for_tensorrt(model) or _types(network) & TOLERANCES.keys():
         require_tensorrt(proto)
     serialized: bytes = proto.SerializeToString(deterministic=True)
-    if check:
+    if check and _for_tensorrt(model):
+        _require_layers(proto, network, model)
+    elif check:
         runnable = in_float32(proto).SerializeToString() if has_bfloat16(proto) else serialized
         worst = difference(runnable, network, model)
         tolerance = max(TOLERANCES.get(kind, TOLERANCE) for kind in _types(network))
@@ -104,6 +107,15 @@ def _finish(
                 f"largest logit, more than {tolerance:.0e}; no file was written"
             )
     return serialized
+
+
+def _require_layers(proto: onnx.ModelProto, network: nn.Module, model: Model) -> None:
+    found = compare_layers(proto, network, example_images(3, model))
+    if not found.holds:
+        raise ExportError(
+            f"{model.spec.architecture}: the file's layers are not the simulated ones: {found.equal:.2%} of the rounded "
+            f"values are equal, the worst is {found.steps} steps off, the logits by {found.last:.1e}; no file was written"
+        )
 
 
 def _types(network: nn.Module) -> set[torch.dtype]:

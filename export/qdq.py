@@ -18,7 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 import cveff.compress.quant.fake_quant  # noqa: F401  (registers the operator that is translated here)
 from cveff.errors import ExportError
 
-_WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+FLOAT8 = helper.tensor_dtype_to_np_dtype(TensorProto.FLOAT8E4M3FN)
 
 
 def translations() -> dict[Any, Callable[..., Any]]:
@@ -33,7 +33,16 @@ def translations() -> dict[Any, Callable[..., Any]]:
         whole = op.QuantizeLinear(x, scale, zero, axis=axis)
         return op.DequantizeLinear(whole, scale, zero, axis=axis)
 
-    return {torch.ops.cveff.quantize_dequantize.default: quantize_dequantize}
+    def quantize_dequantize_float8(x: Any, scale: Any, zero_point: Any, axis: int) -> Any:
+        zero = op.Cast(zero_point, to=TensorProto.FLOAT8E4M3FN)
+        if axis < 0:
+            return op.DequantizeLinear(op.QuantizeLinear(x, scale, zero), scale, zero)
+        return op.DequantizeLinear(op.QuantizeLinear(x, scale, zero, axis=axis), scale, zero, axis=axis)
+
+    return {
+        torch.ops.cveff.quantize_dequantize.default: quantize_dequantize,
+        torch.ops.cveff.quantize_dequantize_float8.default: quantize_dequantize_float8,
+    }
 
 
 def has_rounding(proto: onnx.ModelProto) -> bool:
@@ -84,7 +93,7 @@ class _Graph:
             if node.op_type != "Cast" or node.input[0] not in self.constants:
                 continue
             kind = helper.tensor_dtype_to_np_dtype(node.attribute[0].i)
-            if kind in (np.int8, np.uint8):
+            if kind in (np.int8, np.uint8, FLOAT8):
                 self.add(node.output[0], np.round(self.value(node.input[0])).astype(kind))
                 self._remove(node)
 
@@ -97,9 +106,7 @@ class _Graph:
             shape = [1] * weight.ndim
             if scale.ndim:
                 shape[_axis(node)] = -1
-            limits = np.iinfo(zero.dtype)
-            whole = np.round(weight / scale.reshape(shape)) + zero.reshape(shape)
-            self.add(node.output[0], np.clip(whole, limits.min, limits.max).astype(zero.dtype))
+            self.add(node.output[0], _stored(weight / scale.reshape(shape), zero.reshape(shape)))
             self._remove(node)
 
     def transpose_weights(self) -> None:
@@ -193,6 +200,14 @@ class _Graph:
         for name in node.output:
             self.made_by.pop(name, None)
         self.graph.node.remove(node)
+
+
+def _stored(ratio: np.ndarray, zero: np.ndarray) -> np.ndarray:
+    """A weight in steps, as the type of its zero point."""
+    if zero.dtype == FLOAT8:
+        return np.clip(ratio, -448, 448).astype(FLOAT8)
+    limits = np.iinfo(zero.dtype)
+    return np.clip(np.round(ratio) + zero, limits.min, limits.max).astype(zero.dtype)
 
 
 def _axis(node: onnx.NodeProto) -> int:

@@ -17,12 +17,13 @@ python tools/benchmarks/trt_check.py    # about half an hour on two cores
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +32,15 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
-from onnx import TensorProto, helper, numpy_helper
-from torch import nn
 
 import cveff
 from cveff.compress.quant.capture import capture, constant, identify
-from cveff.compress.quant.fake_quant import FakeQuantize
 from cveff.compress.quant.network import insert
 from cveff.compress.quant.placement import place
 from cveff.compress.quant.ranges import Watch, rounding_off, weight_range
 from cveff.compress.quantize import edit_of
 from cveff.data.augment import normalize
+from cveff.export.layer_check import compare_layers
 from cveff.export.normalize import deployable
 from cveff.export.onnx import example_images, export
 from cveff.export.trt_check import check_tensorrt
@@ -149,7 +148,7 @@ def row(name: str) -> dict[str, Any]:
             )
             with rounding_off(network):
                 exact = network(torch.from_numpy(images)).numpy()
-        by_layer = one_by_one(path, network, images)
+        by_layer = compare_layers(onnx.load(path), network, images)
         files = {level: logits(path, images, level) for level in ("DISABLE_ALL", "ENABLE_ALL")}
     kinds = Counter(node.op_type for node in graph.node)
     layers = sum(kinds[kind] for kind in ("Conv", "ConvTranspose", "Gemm", "MatMul"))
@@ -159,7 +158,7 @@ def row(name: str) -> dict[str, Any]:
         "layers": layers,
         "pairs": kinds["QuantizeLinear"],
         "findings": [str(finding) for finding in findings],
-        **by_layer,
+        **dataclasses.asdict(by_layer),
         "off": difference(files["DISABLE_ALL"], simulated),
         "on": difference(files["ENABLE_ALL"], simulated),
         "float64": difference(in_double, simulated),
@@ -215,57 +214,6 @@ def num_rounded(graph: onnx.GraphProto) -> int:
         for node in graph.node
         if node.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul")
     )
-
-
-def one_by_one(path: Path, network: nn.Module, images: np.ndarray) -> dict[str, Any]:
-    """Compare each rounding of the file by itself: everything it depends on is the simulation's.
-
-    Returns:
-        "compared": how many roundings; "equal": share of integers that are; "steps": the most that one is off; "last":
-        difference of the logits.
-    """
-    expected: dict[bytes, list[np.ndarray]] = defaultdict(list)
-    handles = []
-    for part in network.modules():
-        if isinstance(part, FakeQuantize) and part.axis is None:
-            key = np.float32(part.scale.item()).tobytes()
-            handles.append(
-                part.register_forward_hook(
-                    lambda part, args, _, key=key: expected[key].append(part.integers(args[0]).numpy())
-                )
-            )
-    with torch.inference_mode():
-        simulated = network(torch.from_numpy(images)).numpy()
-    for handle in handles:
-        handle.remove()
-    proto = onnx.load(path)
-    constants = {item.name: numpy_helper.to_array(item) for item in proto.graph.initializer}
-    given = {"images": images}
-    wanted = {}
-    for node in [node for node in proto.graph.node if node.op_type == "QuantizeLinear"]:
-        scale = constants[node.input[1]]
-        values = expected[np.float32(scale).tobytes()].pop(0)
-        wanted[node.output[0]] = values
-        for reader in [reader for reader in proto.graph.node if node.output[0] in reader.input]:
-            given[reader.output[0]] = values.astype(np.float32) * scale
-            proto.graph.node.remove(reader)
-            proto.graph.input.append(
-                helper.make_tensor_value_info(reader.output[0], TensorProto.FLOAT, values.shape)
-            )
-        proto.graph.output.append(
-            helper.make_tensor_value_info(node.output[0], TensorProto.INT8, values.shape)
-        )
-    session = open_session(proto.SerializeToString(), "DISABLE_ALL")
-    *integers, last = session.run([*wanted, "logits"], given)
-    found = dict(zip(wanted, integers, strict=True))
-    equal = sum(int((found[name] == values).sum()) for name, values in wanted.items())
-    steps = max(int(np.abs(found[name] - values).max()) for name, values in wanted.items())
-    return {
-        "compared": len(wanted),
-        "equal": equal / sum(values.size for values in wanted.values()),
-        "steps": steps,
-        "last": difference(last, simulated),
-    }
 
 
 def open_session(model: str | bytes, level: str) -> onnxruntime.InferenceSession:

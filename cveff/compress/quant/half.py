@@ -1,4 +1,4 @@
-"""A network in float16 or bfloat16 with float32 where it must be: types are in the graph, conversions where they change.
+"""A network in float16 or bfloat16, and in float32 where it must be; conversions are operators of its graph.
 
 The exported file is strongly typed as it stands. What must be float32 is in `half_rules` (operators) and `half_ranges`
 (values); what may be either is divided by `half_types`.
@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 
 from cveff.compress.quant.capture import aten, capture, constant, identify
 from cveff.compress.quant.half_ranges import Kept, out_of_range
-from cveff.compress.quant.half_rules import COMPUTE, data_inputs, is_float, kind_of, tidy
+from cveff.compress.quant.half_rules import COMPUTE, data_inputs, is_float, tidy
 from cveff.compress.quant.half_types import choose_types
 from cveff.compress.quant.network import is_cast, is_quantized
 from cveff.errors import CheckpointError, StepError
@@ -54,9 +54,11 @@ class HalfGraph:
         unknown = sorted(set(self.float32) - set(known.values()))
         if unknown:
             raise CheckpointError(
-                f"the network has no operator {unknown[0]!r}; this model was written for another network or another cveff"
+                f"the network has no operator {unknown[0]!r}; this model was written for another network or cveff"
             )
-        cast(graph, {node for node, name in known.items() if name not in self.float32}, DTYPES[self.precision])
+        cast(
+            graph, {node for node, name in known.items() if name not in self.float32}, DTYPES[self.precision]
+        )
         return graph
 
 
@@ -101,7 +103,9 @@ def to_half(
             product is left in 16 bits, or the network is quantized or in 16 bits already.
     """
     if precision not in get_args(HalfPrecision):
-        raise StepError(f"precision {precision!r} is unknown; give one of {', '.join(get_args(HalfPrecision))}")
+        raise StepError(
+            f"precision {precision!r} is unknown; give one of {', '.join(get_args(HalfPrecision))}"
+        )
     graph = _captured(module, spec)
     nodes = identify(graph)
     unknown = sorted(set(exclude) - set(nodes))
@@ -112,7 +116,9 @@ def to_half(
     halves = choose_types(graph, wide)
     if not any(node.target in COMPUTE for node in halves):
         first = f": {kept[0].operator}, {kept[0].reason}" if kept else ""
-        raise StepError(f"no layer is left to compute in {precision}{first}; use bf16, or keep the model in float32")
+        raise StepError(
+            f"no layer is left to compute in {precision}{first}; use bf16, or keep the model in float32"
+        )
     names = _names(graph)
     edit = HalfGraph(
         input=spec.to_json(),
@@ -148,7 +154,10 @@ def cast(graph: fx.GraphModule, halves: Collection[fx.Node], dtype: torch.dtype)
             if (source, wanted) not in converted:
                 with graph.graph.inserting_after(source):
                     new = graph.graph.call_function(aten.to.dtype, (source, wanted))
-                new.meta = {"val": source.meta["val"].to(wanted), "nn_module_stack": node.meta.get("nn_module_stack")}
+                new.meta = {
+                    "val": source.meta["val"].to(wanted),
+                    "nn_module_stack": node.meta.get("nn_module_stack"),
+                }
                 converted[source, wanted] = new
             node.replace_input_with(source, converted[source, wanted])
         if node.target in COMPUTE and types[node] is torch.float16:
@@ -178,7 +187,9 @@ def _describe_constants(graph: fx.GraphModule) -> None:
 
 def _names(graph: fx.GraphModule) -> Mapping[fx.Node, str]:
     """Every operator on floats and every constant that may be either, by a name that outlives versions of PyTorch."""
-    found = {node: name for name, node in identify(graph).items() if node.op == "call_function" and is_float(node)}
+    found = {
+        node: name for name, node in identify(graph).items() if node.op == "call_function" and is_float(node)
+    }
     for node in graph.graph.nodes:
         if node.op == "get_attr" and is_float(node):
             found[node] = str(node.target)

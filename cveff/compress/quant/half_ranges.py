@@ -1,7 +1,7 @@
 """Operators whose values float16 cannot hold, found by running calibration images through the float32 network.
 
-float16 ends at 65504, and loses precision below 2^-14 and everything below 2^-25. bfloat16 has float32's range: only NaN
-and infinity are looked for.
+float16 ends at 65504, and loses precision below 2^-14 and everything below 2^-25. bfloat16 has float32's range: only
+NaN and infinity are looked for.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ SMALLEST_NORMAL = 2.0**-14
 MARGIN = 4.0
 """Other images may take a tensor this many times further than calibration images did."""
 MOST_SMALL = 0.5
-"""A tensor of which a larger share lies below `SMALLEST_NORMAL` is kept in float32. The share is of the sum of magnitudes:
-nearly all of a sharp softmax's values are tiny, and none of them matters."""
+"""A tensor of which a larger share lies below `SMALLEST_NORMAL` is kept in float32. The share is of the sum of
+magnitudes: nearly all of a sharp softmax's values are tiny, and none of them matters."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,10 @@ class _Seen:
         if self.reach > limit:
             return f"reaches {self.reach:.3g}, more than {limit:.3g}"
         if self.total > 0 and self.small > MOST_SMALL * self.total:
-            return f"lies to {100 * self.small / self.total:.0f}% below float16's normal numbers (it reaches {self.reach:.2g})"
+            share = 100 * self.small / self.total
+            return (
+                f"lies to {share:.0f}% below float16's normal numbers, 6.1e-05 (it reaches {self.reach:.2g})"
+            )
         return ""
 
 

@@ -106,7 +106,8 @@ def insert(graph: fx.GraphModule, placement: Placement) -> Roundings:
         path = f"{ROUNDING}.w{len(weights)}"
         if len(node.args) < 3 or node.args[2] is None:
             _add_bias(graph, node, value.shape[site.axis])
-        weights[site.reader] = FakeQuantize(site.grid, value.shape[site.axis], site.axis)
+        sizes = () if site.per_tensor else (value.shape[site.axis], site.axis)
+        weights[site.reader] = FakeQuantize(site.grid, *sizes)
         graph.add_submodule(path, weights[site.reader])
         with graph.graph.inserting_before(node):
             rounded = graph.graph.call_module(path, (weight,))

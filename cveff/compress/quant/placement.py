@@ -60,7 +60,7 @@ class Site:
         tensor: its operator, as `identify` names it.
         readers: operators that read it rounded; none: all do.
         like: the tensor whose steps it has; "": its own.
-        bits, signed, symmetric: its grid.
+        bits, signed, symmetric, float8: its grid.
     """
 
     tensor: str
@@ -69,11 +69,12 @@ class Site:
     bits: int = 8
     signed: bool = False
     symmetric: bool = False
+    float8: bool = False
 
     @property
     def grid(self) -> Grid:
         """The integers."""
-        return Grid(self.bits, self.signed, self.symmetric)
+        return Grid(self.bits, self.signed, self.symmetric, float8=self.float8)
 
 
 @dataclass(frozen=True)
@@ -84,16 +85,20 @@ class WeightSite:
         reader: the operator whose second argument it is.
         axis: of the output channels, each of which has its own step.
         bits: of its grid, which is signed, symmetric and without the lowest integer.
+        float8: its grid is float8's.
+        per_tensor: one step for all channels.
     """
 
     reader: str
     axis: int = 0
     bits: int = 8
+    float8: bool = False
+    per_tensor: bool = False
 
     @property
     def grid(self) -> Grid:
         """The integers."""
-        return Grid(self.bits, signed=True, symmetric=True, narrow=True)
+        return Grid(self.bits, signed=True, symmetric=True, narrow=not self.float8, float8=self.float8)
 
 
 @dataclass(frozen=True)
