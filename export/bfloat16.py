@@ -1,4 +1,4 @@
-"""An ONNX file in bfloat16 for ONNX Runtime's CPU, which has no kernels for it: float32 kernels, results rounded as the file says.
+"""An ONNX file in bfloat16 for ONNX Runtime's CPU, which lacks kernels: float32's, with results rounded as it says.
 
 For float16 ONNX Runtime does the same by itself.
 """

@@ -8,7 +8,6 @@ float's error only, and so all its integers but those few must be equal.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,13 +66,12 @@ def compare_layers(proto: onnx.ModelProto, network: nn.Module, images: np.ndarra
     wanted: dict[str, tuple[np.ndarray, float, bool]] = {}
     for node in [node for node in graph.node if node.op_type == "QuantizeLinear"]:
         scale = numpy_helper.to_array(constants[node.input[1]])
-        values = expected[scale.tobytes()]
-        if not values:
+        if not expected[scale.tobytes()]:
             raise ExportError(
                 f"{node.name} has a scale of {float(scale):.4g}, and no rounding of the network has"
             )
         is_float8 = constants[node.input[2]].data_type == TensorProto.FLOAT8E4M3FN
-        rounded = values.pop(0)
+        rounded = expected[scale.tobytes()].pop(0)
         for reader in [reader for reader in graph.node if node.output[0] in reader.input]:
             given[reader.output[0]] = rounded * scale
             graph.input.append(
@@ -86,7 +84,10 @@ def compare_layers(proto: onnx.ModelProto, network: nn.Module, images: np.ndarra
         graph.node.append(helper.make_node("DequantizeLinear", [node.output[0], *node.input[1:]], [own]))
         graph.output.append(helper.make_tensor_value_info(own, TensorProto.FLOAT, rounded.shape))
     found = _run(cut, [*wanted, proto.graph.output[0].name], given)
-    values = list(_codes(found, wanted))
+    values: list[tuple[np.ndarray, np.ndarray]] = []
+    for mine, (rounded, scale, is_float8) in zip(found, wanted.values(), strict=False):
+        code = _order if is_float8 else _whole
+        values.append((code(mine.astype(np.float64) / scale), code(rounded)))
     total = sum(ours.size for ours, _ in values)
     return LayerAgreement(
         compared=len(values),
@@ -133,20 +134,11 @@ def _run(proto: onnx.ModelProto, outputs: list[str], inputs: dict[str, Any]) -> 
         raise ExportError(f"ONNX Runtime cannot run the file's layers: {first_line(error)}") from error
 
 
-def _codes(
-    found: list[np.ndarray], wanted: dict[str, tuple[np.ndarray, float, bool]]
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The file's and the simulation's values as numbers that differ by 1 between neighbours."""
-    for values, (expected, scale, is_float8) in zip(found, wanted.values(), strict=False):
-        code = _order if is_float8 else _whole
-        yield code(values.astype(np.float64) / scale), code(expected)
-
-
 def _whole(values: np.ndarray) -> np.ndarray:
     return np.rint(values).astype(np.int64)
 
 
 def _order(values: np.ndarray) -> np.ndarray:
-    """float8's values numbered from the most negative to the largest."""
+    """float8's values, numbered from the most negative to the largest."""
     bits = values.astype(FLOAT8).view(np.uint8).astype(np.int64)
     return np.where(bits & 128, -(bits & 127), bits)

@@ -57,8 +57,8 @@ def export(model: Model, path: str | Path, *, opset: int = OPSET, check: bool = 
 
     Raises:
         ExportError: the exporter cannot express the network, the result is not valid ONNX (or, for a network rounded
-            for TensorRT or in 16 bits, not what that takes), it is larger than 2 GB, or its logits differ from PyTorch's by more
-            than `TOLERANCE`.
+            for TensorRT or in 16 bits, not what that takes), it is larger than 2 GB, or its logits differ from
+            PyTorch's by more than `TOLERANCE`.
     """
     path = Path(path)
     _refuse_too_large(model)
@@ -113,8 +113,9 @@ def _require_layers(proto: onnx.ModelProto, network: nn.Module, model: Model) ->
     found = compare_layers(proto, network, example_images(3, model))
     if not found.holds:
         raise ExportError(
-            f"{model.spec.architecture}: the file's layers are not the simulated ones: {found.equal:.2%} of the rounded "
-            f"values are equal, the worst is {found.steps} steps off, the logits by {found.last:.1e}; no file was written"
+            f"{model.spec.architecture}: the file's layers are not the simulated ones: {found.equal:.2%} of the "
+            f"rounded values are equal, the worst is {found.steps} steps off, the logits {found.last:.1e}; "
+            "no file was written"
         )
 
 

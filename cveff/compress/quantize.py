@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
@@ -11,16 +10,17 @@ from torch import Tensor, fx
 
 from cveff.backbones.reparameterize import Reparameterize, has_branches
 from cveff.compress.quant.capture import capture, constant, identify
-from cveff.compress.quant.network import QuantizedGraph, Roundings, insert, is_quantized
+from cveff.compress.quant.network import QuantizedGraph, Roundings, insert, is_cast, is_quantized
 from cveff.compress.quant.placement import Placement, Scheme, place
 from cveff.compress.quant.ranges import Method, Watch, find_range, weight_range
+from cveff.compress.quant.reduced import reduce_floats
 from cveff.compress.quant.round_weights import round_weights
 from cveff.compress.samples import samples
 from cveff.errors import StepError
 from cveff.model import Model, with_module
 from cveff.steps import Run
 
-Precision = Literal["int8"]
+Precision = Literal["int8", "fp16", "bf16", "fp8"]
 WeightRounding = Literal["nearest", "compensated"]
 
 
@@ -31,7 +31,8 @@ class Quantize:
     The model that comes out computes in PyTorch what its exported file says: rounding included.
 
     Attributes:
-        precision: "int8": weights and activations.
+        precision: "int8": weights and activations; "fp16", "bf16": all but what needs float32; "fp8": what "tensorrt"
+            scheme rounds. Of the other settings these three heed `images` and `exclude` alone.
         scheme: where and how tensors are rounded (`cveff.compress.quant.placement`).
         method: how ranges of activations are found.
         weight_method: how those of weights are: "minmax", or "mse" for the least error.
@@ -74,7 +75,7 @@ class Quantize:
         Raises:
             StepError: the model is quantized already, cannot be captured, or overflows on the calibration images.
         """
-        if is_quantized(model.module):
+        if is_quantized(model.module) or is_cast(model.module):
             raise StepError(f"{model.spec.architecture} is quantized already; start from the float model")
         assert run.data is not None and run.data.train is not None
         batches = [
@@ -82,6 +83,8 @@ class Quantize:
         ]
         if has_branches(model.module):
             model = Reparameterize()(model, run)
+        if self.precision != "int8":
+            return reduce_floats(model, self.precision, batches, self.exclude, run.progress)
         graph = capture(model.module, model.spec.input)
         placement = place(graph, self.scheme, self.exclude)
         roundings = insert(graph, placement)
@@ -112,15 +115,4 @@ class Quantize:
 
 def edit_of(model: Model, placement: Placement) -> QuantizedGraph:
     """The edit that rebuilds a quantized network."""
-    return QuantizedGraph(
-        input=model.spec.input.to_json(),
-        sites=tuple(_json(site) for site in placement.sites),
-        weights=tuple(_json(site) for site in placement.weights),
-        scheme=placement.scheme,
-    )
-
-
-def _json(site: object) -> dict[str, object]:
-    values = dataclasses.asdict(site)  # type: ignore[call-overload]
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
-
+    return QuantizedGraph.of(model.spec.input, placement)

@@ -2,8 +2,8 @@
 
 16 bits: products, whose sums engines accumulate in 32 bits. 32 bits: softmax, norms, sums and means, pooling that
 averages, powers, exponentials, and everything unknown. The rest (activation functions, additions, operators that move
-values) costs no accuracy worth a conversion: it computes in whatever leaves the fewest bytes to move (`half_types`). The
-split is that of mixed-precision training (Micikevicius et al., ICLR 2018, section 3.3).
+values) costs no accuracy worth a conversion: it computes in whatever leaves the fewest bytes to move (`half_types`).
+The split is that of mixed-precision training (Micikevicius et al., ICLR 2018, section 3.3).
 """
 
 from __future__ import annotations
@@ -18,71 +18,17 @@ from cveff.compress.quant.capture import aten, operator_name
 
 Kind = Literal["half", "float", "either"]
 
-POINTWISE = {
-    "abs",
-    "add",
-    "addcmul",
-    "clamp",
-    "clamp_max",
-    "clamp_min",
-    "div",
-    "elu",
-    "gelu",
-    "hardsigmoid",
-    "hardswish",
-    "hardtanh",
-    "leaky_relu",
-    "maximum",
-    "minimum",
-    "mish",
-    "mul",
-    "neg",
-    "prelu",
-    "relu",
-    "relu6",
-    "sigmoid",
-    "silu",
-    "sub",
-    "tanh",
-    "where",
-    "max_pool2d",
-    "upsample_nearest2d",
-}
-MOVING = {
-    "cat",
-    "chunk",
-    "constant_pad_nd",
-    "expand",
-    "expand_as",
-    "flatten",
-    "flip",
-    "gather",
-    "getitem",
-    "im2col",
-    "index",
-    "index_select",
-    "pad",
-    "permute",
-    "pixel_shuffle",
-    "pixel_unshuffle",
-    "repeat",
-    "reshape",
-    "reshape_as",
-    "roll",
-    "select",
-    "slice",
-    "split",
-    "split_with_sizes",
-    "squeeze",
-    "stack",
-    "t",
-    "transpose",
-    "unbind",
-    "unflatten",
-    "unfold",
-    "unsqueeze",
-    "view",
-}
+_POINTWISE = """
+abs add addcmul clamp clamp_max clamp_min div elu gelu hardsigmoid hardswish hardtanh leaky_relu maximum
+minimum mish mul neg prelu relu relu6 sigmoid silu sub tanh where max_pool2d upsample_nearest2d
+"""
+POINTWISE = frozenset(_POINTWISE.split())
+_MOVING = """
+cat chunk constant_pad_nd expand expand_as flatten flip gather getitem im2col index index_select pad permute
+pixel_shuffle pixel_unshuffle repeat reshape reshape_as roll select slice split split_with_sizes squeeze stack
+t transpose unbind unflatten unfold unsqueeze view
+"""
+MOVING = frozenset(_MOVING.split())
 SHAPE_ONLY = {"expand_as": 1, "reshape_as": 1, "view_as": 1}
 """Operators that read an argument for its shape alone, and where it is."""
 

@@ -1,8 +1,8 @@
 """The type of every tensor of a network in 16 bits: as operators must have it, and with the fewest bytes moved.
 
-Operators that may compute in either type are divided by a minimum cut: an operator in 32 bits reads and writes two bytes
-a value more, a conversion reads one type and writes the other and is shared by all who read its result. So a cheap
-operator between two that need 32 bits stays with them, and a residual stream changes types where that is cheapest.
+Operators that may compute in either type are divided by a minimum cut: an operator in 32 bits reads and writes two
+bytes a value more, a conversion reads one type and writes the other and is shared by all who read its result. So a
+cheap operator between two that need 32 bits stays with them, and a residual stream changes types where it is cheapest.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -47,6 +48,16 @@ class QuantizedGraph:
         graph = capture(module, InputSpec.from_json(_mapping(self.input)))
         insert(graph, self.placement)
         return graph
+
+    @classmethod
+    def of(cls, spec: InputSpec, placement: Placement) -> QuantizedGraph:
+        """The edit that rebuilds a network rounded so."""
+        return cls(
+            input=spec.to_json(),
+            sites=tuple(_json(site) for site in placement.sites),
+            weights=tuple(_json(site) for site in placement.weights),
+            scheme=placement.scheme,
+        )
 
     @property
     def placement(self) -> Placement:
@@ -160,6 +171,11 @@ def _found(nodes: Mapping[str, fx.Node], name: str) -> fx.Node:
 
 def _reads(user: fx.Node, readers: set[fx.Node]) -> bool:
     return not readers or user in readers
+
+
+def _json(site: Any) -> dict[str, object]:
+    values = dataclasses.asdict(site)
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
 
 def _mapping(value: Any) -> dict[str, Any]:
