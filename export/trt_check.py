@@ -145,7 +145,10 @@ def _types(graph: TrtGraph) -> Iterator[Finding]:
 
 
 def _of_schema(graph: TrtGraph, node: onnx.NodeProto) -> Iterator[Finding]:
-    if not onnx.defs.has(node.op_type, node.domain):
+    if not onnx.defs.has(node.op_type, graph.opset(), node.domain):
+        if node.domain in ("", "ai.onnx"):
+            problem = f"opset {graph.opset()} has no {node.op_type}"
+            yield Finding("opset", label(node), node.output[0], problem, "export with a later opset")
         return
     schema = onnx.defs.get_schema(node.op_type, graph.opset(), node.domain)
     seen: dict[str, tuple[int, str]] = {}

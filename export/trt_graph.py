@@ -98,10 +98,13 @@ class TrtGraph:
         return node if node is not None and node.op_type == kind else None
 
     def _types(self) -> dict[str, int]:
+        bare = onnx.ModelProto()
+        bare.CopyFrom(self.proto)
+        del bare.graph.value_info[:]  # what the file says of its own tensors is what is to be checked
         try:
-            inferred = onnx.shape_inference.infer_shapes(self.proto).graph
+            inferred = onnx.shape_inference.infer_shapes(bare).graph
         except onnx.shape_inference.InferenceError:
-            inferred = self.proto.graph
+            inferred = bare.graph
         found = {
             item.name: item.type.tensor_type.elem_type
             for group in (inferred.input, inferred.output, inferred.value_info)
