@@ -202,7 +202,7 @@ def _store(graph: fx.GraphModule, node: fx.Node, dtype: torch.dtype) -> None:
     stored = value.detach().to(dtype)
     if not bool(torch.isfinite(stored).all()):
         raise StepError(
-            f"parameter {node.target} reaches {float(value.abs().max()):.3g}, more than {dtype} holds; "
+            f"parameter {node.target} reaches {float(value.detach().abs().max()):.3g}, more than {dtype} holds; "
             "exclude the operator that reads it"
         )
     owner, _, name = str(node.target).rpartition(".")

@@ -114,7 +114,8 @@ def out_of_range(graph: fx.GraphModule, batches: Iterable[Tensor], *, half: bool
     for node, name in names.items():
         if name == "input" or not is_float(node) or kind_of(node) == "float":
             continue
-        for tensor in [node, *data_inputs(node)]:
+        inputs = sorted(data_inputs(node), key=lambda tensor: tensor.op != "get_attr")
+        for tensor in [*inputs, node]:
             what, problem = _problem(graph, measure, tensor, node)
             if problem:
                 reach = measure.seen[tensor].reach if tensor in measure.seen else 0.0

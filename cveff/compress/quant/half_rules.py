@@ -46,7 +46,7 @@ def _in_float32(operator: Any) -> Callable[..., Any]:
         widened = [item.float() if isinstance(item, torch.Tensor) else item for item in args]
         return operator(*widened).to(torch.float16)
 
-    call.__name__ = call.__qualname__ = f"{operator.overloadpacket.__name__}_float16"
+    call.__name__ = call.__qualname__ = operator.overloadpacket.__name__  # so that `identify` calls it the same
     return call
 
 

@@ -145,10 +145,13 @@ class _Walk:
     def __init__(self, graph: fx.GraphModule, exclude: frozenset[str], signed: bool) -> None:
         self.graph, self.signed = graph, signed
         self.names = {node: name for name, node in identify(graph).items()}
+        self.computed = _computed(graph)
         self.weighted = [
             node
             for node in graph.graph.nodes
-            if node.target in CONVOLUTIONS | LINEAR and constant(graph, node.args[1]) is not None
+            if node.target in CONVOLUTIONS | LINEAR
+            and constant(graph, node.args[1]) is not None
+            and node.args[0] in self.computed
         ]
         self.excluded = {node for node, name in self.names.items() if name in exclude}
         self.integer = [node for node in self.weighted if node not in self.excluded]
@@ -162,7 +165,7 @@ class _Walk:
 
     def for_reader(self, tensor: fx.Node, reader: fx.Node) -> None:
         """`reader` does."""
-        while _pads_zeros(tensor):
+        while _pads_zeros(tensor) and len(tensor.users) == 1:
             tensor, reader = tensor.args[0], tensor  # type: ignore[assignment]
         if tensor not in self.names:
             return
@@ -236,7 +239,7 @@ class _TensorRT(_Walk):
         if node.target not in PRODUCTS or node in self.excluded:
             return False
         tensors = list(_activations(node))
-        return len(tensors) == 2 and all(tensor in self.names for tensor in tensors)
+        return len(tensors) == 2 and all(tensor in self.computed for tensor in tensors)
 
     def _skip_of(self, node: fx.Node) -> fx.Node | None:
         """The branch of an addition that is not the convolution it will be fused into."""
@@ -249,6 +252,16 @@ class _TensorRT(_Walk):
             if tensor in self.integer and tensor.target in CONVOLUTIONS and len(tensor.users) == 1
         ]
         return next((tensor for tensor in tensors if tensor is not fused[0]), None) if fused else None
+
+
+def _computed(graph: fx.GraphModule) -> set[fx.Node]:
+    """What depends on the images: the rest (Swin V2's position biases) is constant, and folded when exported."""
+    found: set[fx.Node] = set()
+    for node in graph.graph.nodes:
+        is_size = node.target is aten.sym_size.int
+        if node.op == "placeholder" or (not is_size and any(item in found for item in node.all_input_nodes)):
+            found.add(node)
+    return found
 
 
 def _shape(node: fx.Node) -> torch.Size:
