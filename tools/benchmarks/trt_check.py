@@ -233,7 +233,7 @@ def double(network: nn.Module, images: np.ndarray) -> np.ndarray | None:
     try:
         return network.double()(torch.from_numpy(images)).numpy()
     except RuntimeError as error:
-        if "should be the same" not in str(error) and "same dtype" not in str(error):
+        if "type" not in str(error):
             raise
         return None
 
