@@ -24,6 +24,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--quick", action="store_true", help="two architectures, results are not committed")
     parser.add_argument("--fresh", action="store_true", help="measure every row again")
+    parser.add_argument("--out", type=Path, help="results as JSON")
     parser.add_argument("--row", help="measure one architecture and print it")
+    parser.add_argument("--jobs", type=int, default=1, help="rows measured at a time")
     parser.add_argument("--seconds", type=int, default=600, help="limit for a row")
     arguments = parser.parse_args()
     if arguments.row:
@@ -118,15 +121,19 @@ def main() -> None:
         print(json.dumps(row(arguments.row)))
         return
     names = QUICK if arguments.quick else tuple(SIZES)
-    out = common.output("trt_check.json", arguments.quick)
+    out = arguments.out or common.output("trt_check.json", arguments.quick)
     results = common.Results(out, __file__, {"seed": 0, "images": 16}, fresh=arguments.fresh)
     rows = results.values.setdefault("rows", {})
-    for name in names:
-        if "error" in rows.get(name, {"error": ""}):
-            rows[name] = in_process(name, arguments.seconds)
-            common.console.print(name, rows[name])
+    missing = [name for name in names if "error" in rows.get(name, {"error": ""})]
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        pending = {pool.submit(in_process, __file__, name, arguments.seconds): name for name in missing}
+        for done in as_completed(pending):
+            rows[pending[done]] = done.result()
             results.values["summary"] = summary(rows)
             results.save()
+    results.values["rows"] = rows = {name: rows[name] for name in names}
+    results.values["summary"] = summary(rows)
+    results.save()
     common.table("Rounded for TensorRT", COLUMNS, [shown(name, rows[name]) for name in names], NOTE)
     common.console.print_json(json.dumps(results.values["summary"]))
 
@@ -243,9 +250,9 @@ def difference(one: np.ndarray, other: np.ndarray) -> float:
     return float(np.abs(one - other).mean() / np.abs(other).mean())
 
 
-def in_process(name: str, seconds: int) -> dict[str, Any]:
-    """`row` in a process of its own; what went wrong under "error"."""
-    call = [sys.executable, __file__, "--row", name]
+def in_process(script: str, name: str, seconds: int) -> dict[str, Any]:
+    """A script's `--row` in a process of its own; what went wrong under "error"."""
+    call = [sys.executable, script, "--row", name]
     try:
         done = subprocess.run(call, capture_output=True, text=True, timeout=seconds, check=False)
     except subprocess.TimeoutExpired:
