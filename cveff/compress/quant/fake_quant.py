@@ -15,12 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cveff.compress.quant.float8_values import FLOAT8_LARGEST, RoundToFloat8, round_to_float8
 from cveff.errors import StepError
 
 TINY = 1e-8
 """The least step: a tensor that is always zero gets it, and rounds to zero."""
-FLOAT8_LARGEST = 448
-"""Of E4M3's values."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +31,7 @@ class Grid:
         signed: from -2^(bits-1), or from 0.
         symmetric: the zero point is fixed, at 0 where `signed`, and the steps reach equally far to both sides.
         narrow: without the lowest integer, so that a signed range is as wide on both sides (weights).
-        float8: not integers but the values of float8 E4M3 (Micikevicius et al., arXiv 2209.05433): 4 bits of exponent, 3 of
-            mantissa, up to 448, no infinity.
+        float8: not integers but the values of E4M3 (`float8_values`).
     """
 
     bits: int = 8
@@ -156,7 +154,7 @@ class FakeQuantize(nn.Module):
         """What `x` is stored as, float tensor of whole numbers (of float8's values)."""
         scale, zero = self._broadcast(x)
         if self.grid.float8:
-            return to_float8(x / scale)
+            return round_to_float8(x / scale)
         return torch.round(x / scale).add(torch.round(zero)).clamp(self.grid.low, self.grid.high)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -172,7 +170,7 @@ class FakeQuantize(nn.Module):
             )
         scale, zero = self._broadcast(x)
         if self.grid.float8:
-            return _StraightThrough.apply(x, scale)  # type: ignore[no-any-return]
+            return RoundToFloat8.apply(x, scale)  # type: ignore[no-any-return]
         if torch.is_grad_enabled() and (x.requires_grad or self.scale.requires_grad):
             # Gradients of a step sum over many elements; without this factor they would drown the weights'.
             elements = x.numel() / max(self.scale.numel(), 1)
@@ -200,26 +198,6 @@ class FakeQuantize(nn.Module):
 def _rounded(x: Tensor, scale: Tensor, zero: Tensor, low: int, high: int) -> Tensor:
     whole = torch.round(zero)
     return (torch.round(x / scale).add_(whole).clamp_(low, high).sub_(whole)).mul_(scale)
-
-
-def to_float8(x: Tensor) -> Tensor:
-    """The nearest value of E4M3, halves to even; what is larger becomes the largest, as ONNX's `saturate=1` says."""
-    return x.clamp(-FLOAT8_LARGEST, FLOAT8_LARGEST).to(torch.float8_e4m3fn).to(x.dtype)
-
-
-class _StraightThrough(torch.autograd.Function):
-    """float8 with the gradient of clipping; its steps are not learned."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor) -> Tensor:
-        ratio = x / scale
-        ctx.save_for_backward(ratio)
-        return to_float8(ratio) * scale
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (ratio,) = ctx.saved_tensors
-        return gradients[0] * (ratio.abs() <= FLOAT8_LARGEST), None
 
 
 class _Round(torch.autograd.Function):
@@ -273,19 +251,4 @@ def quantize_dequantize(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int,
 
 @quantize_dequantize.register_fake
 def _(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int, low: int, high: int) -> Tensor:
-    return torch.empty_like(x)
-
-
-@torch.library.custom_op("cveff::quantize_dequantize_float8", mutates_args=())
-def quantize_dequantize_float8(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> Tensor:
-    """The same for float8; `zero_point` is zeros, and there because ONNX takes the type from it."""
-    if axis >= 0:
-        shape = [1] * x.ndim
-        shape[axis] = -1
-        scale = scale.reshape(shape)
-    return to_float8(x / scale) * scale
-
-
-@quantize_dequantize_float8.register_fake
-def _(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> Tensor:
     return torch.empty_like(x)

@@ -35,7 +35,8 @@ def to_float8(
         module: float32; it is left as it is.
         batches: images (B, C, H, W), normalised.
         exclude: operators, by `identify`'s names, that stay in floats.
-        per_channel: a step for each output channel of a weight; TensorRT has float8 kernels for one step a weight only.
+        per_channel: a step for each output channel of a weight; TensorRT's float8 kernels are reported to take
+            one for all.
 
     Returns:
         the rounded graph and what is rounded in it.

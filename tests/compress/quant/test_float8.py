@@ -12,8 +12,9 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 import cveff
-from cveff.compress.quant.fake_quant import FakeQuantize, Grid, to_float8
-from cveff.compress.quant.float8 import to_float8 as round_network
+from cveff.compress.quant.fake_quant import FakeQuantize, Grid
+from cveff.compress.quant.float8 import to_float8
+from cveff.compress.quant.float8_values import round_to_float8
 from cveff.compress.quant.network import QuantizedGraph
 from cveff.compress.samples import samples
 from cveff.errors import StepError
@@ -78,7 +79,7 @@ def test_rounds_as_onnx_does(scale: float, engine: str) -> None:
 
 
 def test_three_bits_of_mantissa_and_saturation() -> None:
-    assert to_float8(torch.tensor([1.0, 1.06, 1.07, 448.0, 460.0, 1e9, -1e9, 2.0**-9, 2.0**-11])).tolist() == [
+    assert round_to_float8(torch.tensor([1.0, 1.06, 1.07, 448.0, 460.0, 1e9, -1e9, 2.0**-9, 2.0**-11])).tolist() == [
         1.0, 1.0, 1.125, 448.0, 448.0, 448.0, -448.0, 2.0**-9, 0.0,
     ]  # fmt: skip
 
@@ -112,7 +113,7 @@ def test_float8_has_eight_bits_and_a_sign(fields: dict[str, bool]) -> None:
 def test_a_network_keeps_its_answers_and_its_file_computes_what_is_simulated(
     model: Model, images: list[torch.Tensor], per_channel: bool, tmp_path: Path
 ) -> None:
-    graph, placement = round_network(model.module, model.spec.input, images, per_channel=per_channel)
+    graph, placement = to_float8(model.module, model.spec.input, images, per_channel=per_channel)
     rounded = with_module(model, graph, QuantizedGraph.of(model.spec.input, placement))
     with torch.no_grad():
         exact, ours = model.module(images[0]), graph(images[0])
@@ -143,13 +144,13 @@ def test_a_network_keeps_its_answers_and_its_file_computes_what_is_simulated(
 def test_unfit_requests_are_refused(model: Model, images: list[torch.Tensor]) -> None:
     spec = model.spec.input
     with pytest.raises(StepError, match="no calibration images"):
-        round_network(model.module, spec, [])
+        to_float8(model.module, spec, [])
     with pytest.raises(StepError, match="'nowhere' is no operator"):
-        round_network(model.module, spec, images, exclude=("nowhere",))
-    graph, _ = round_network(model.module, spec, images)
+        to_float8(model.module, spec, images, exclude=("nowhere",))
+    graph, _ = to_float8(model.module, spec, images)
     with pytest.raises(StepError, match="quantized already"):
-        round_network(graph, spec, images)
+        to_float8(graph, spec, images)
     with pytest.raises(StepError, match="16 bits already"):
-        round_network(torch.nn.Linear(2, 2).half(), spec, images)
+        to_float8(torch.nn.Linear(2, 2).half(), spec, images)
     with pytest.raises(StepError, match="holds NaN or infinity"):
-        round_network(model.module, spec, [torch.full_like(images[0], torch.inf)])
+        to_float8(model.module, spec, [torch.full_like(images[0], torch.inf)])
