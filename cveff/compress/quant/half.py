@@ -142,6 +142,12 @@ def cast(graph: fx.GraphModule, halves: Collection[fx.Node], dtype: torch.dtype)
     """
     types = {node: dtype if node in halves else torch.float32 for node in graph.graph.nodes}
     converted: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}
+    for node in [node for node in graph.graph.nodes if node.op == "placeholder"] if halves else []:
+        # Whoever halves a network's images because its first parameter is in 16 bits is right as well.
+        with graph.graph.inserting_after(node):
+            images = graph.graph.call_function(aten.to.dtype, (node, torch.float32))
+        node.replace_all_uses_with(images, lambda user, images=images: user is not images)
+        images.meta, types[images] = dict(node.meta), torch.float32
     for node in list(graph.graph.nodes):
         if node.op == "get_attr" and is_float(node):
             _store(graph, node, types[node])

@@ -327,6 +327,15 @@ def test_a_constant_read_in_both_types_is_stored_once() -> None:
     assert (ours - exact).abs().max() / exact.abs().max() < 5e-3
 
 
+@pytest.mark.parametrize("exclude", [(), ("conv1:conv2d:0",)])
+def test_images_in_16_bits_are_taken_too(exclude: tuple[str, ...]) -> None:
+    """Evaluation gives images in the type of the first parameter."""
+    graph = to_half(Net().eval(), SPEC, images(), exclude=exclude).graph
+    rounded = images()[0].half()
+    with torch.no_grad():
+        assert torch.equal(graph(rounded), graph(rounded.float()))
+
+
 def test_casting_everything_or_nothing() -> None:
     graph = capture(Net().eval(), SPEC)
     assert cast(graph, (), DTYPES["fp16"]) == 0

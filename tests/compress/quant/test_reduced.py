@@ -11,6 +11,7 @@ import cveff
 from cveff.compress.quant.network import is_cast, is_quantized
 from cveff.compress.quantize import Quantize
 from cveff.errors import StepError
+from cveff.export.deploy import deploy
 from cveff.model import Model
 from cveff.progress import Silent
 from cveff.steps import Run
@@ -66,6 +67,13 @@ def test_what_stays_in_float32_is_named_with_its_range(model: Model) -> None:
         next(part for part in model.module.modules() if isinstance(part, torch.nn.Linear)).weight[0, 0] = 7e4
     Quantize(precision="fp16", images=16)(model, Run(data=cveff.data.load("digits"), progress=messages))
     assert any("stays in float32: its parameter" in line and "7e+04" in line for line in messages.lines)
+
+
+def test_deploy_starts_from_float32(model: Model, tmp_path: Path) -> None:
+    data = cveff.data.load("digits")
+    half = Quantize(precision="fp16", images=8)(model, Run(data=data))
+    with pytest.raises(StepError, match="is in 16 bits; deploy starts from the float32 model"):
+        deploy(half, data=data, out=tmp_path / "bundle")
 
 
 def test_unknown_precisions_are_refused() -> None:
