@@ -20,6 +20,7 @@ _HOME = {
     "low_rank": "cveff.compress.low_rank_edit:LowRankEdit",
     "drop_blocks": "cveff.compress.drop_blocks:DropBlocks",
     "prune_channels": "cveff.compress.prune_channels:PruneChannels",
+    "half": "cveff.compress.quant.half:HalfGraph",
     "quantize": "cveff.compress.quant.network:QuantizedGraph",
     "sparsity": "cveff.compress.sparsity:Sparsity",
 }

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from cveff.compress.quant.network import is_cast
 from cveff.data.dataset import Data, OnBadImage
 from cveff.errors import StepError
 from cveff.export.build_candidates import ONNX, model_files
@@ -92,7 +93,7 @@ def deploy(
         the bundle's path and manifest.
 
     Raises:
-        StepError: neither data nor calibration, or a setting out of range; said before any work.
+        StepError: neither data nor calibration, a setting out of range, or a model in 16 bits; said before any work.
         DataError: data that does not fit the model; said before any work.
         TargetError: unknown target, or no candidate within the limits; nothing is written then.
         ExportError: the model cannot be exported.
@@ -155,7 +156,15 @@ def deploy(
 
 
 def _frozen(model: Model) -> Model:
-    """A copy in evaluation mode, on the CPU, in float32: what every figure is compared with."""
+    """A copy in evaluation mode, on the CPU, in float32: what every figure is compared with.
+
+    Raises:
+        StepError: the model computes in 16 bits, which float32 weights would not undo.
+    """
+    if is_cast(model.module):
+        raise StepError(
+            f"{model.spec.architecture} is in 16 bits; deploy starts from the float32 model, export writes this one"
+        )
     return Model(model.spec, copy.deepcopy(model.module).cpu().float().eval())
 
 

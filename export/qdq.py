@@ -1,8 +1,9 @@
-"""QuantizeLinear and DequantizeLinear in an exported graph: written where the network rounds, then made what engines fuse.
+"""QuantizeLinear and DequantizeLinear in an exported graph: written where the network rounds, then made what engines
+fuse.
 
-The exporter writes a pair wherever the module has a `FakeQuantize`. What is left to do on the graph: weights become integers
-in the file, a transposition goes before the rounding instead of after it, biases become 32-bit integers where the engine
-wants them, and the pixels' scale moves into the first rounding.
+The exporter writes a pair wherever the module has a `FakeQuantize`. What is left to do on the graph: weights become
+integers in the file, a transposition goes before the rounding instead of after it, biases become 32-bit integers
+where the engine wants them, and the pixels' scale moves into the first rounding.
 """
 
 from __future__ import annotations
@@ -18,7 +19,11 @@ from onnx import TensorProto, helper, numpy_helper
 import cveff.compress.quant.fake_quant  # noqa: F401  (registers the operator that is translated here)
 from cveff.errors import ExportError
 
-_WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+FLOAT8 = helper.tensor_dtype_to_np_dtype(TensorProto.FLOAT8E4M3FN)
+
+
+PIXEL_SCALE = "_pixel_scale"
+"""Ends the name of a scale that has taken in the pixels'."""
 
 
 def translations() -> dict[Any, Callable[..., Any]]:
@@ -33,7 +38,16 @@ def translations() -> dict[Any, Callable[..., Any]]:
         whole = op.QuantizeLinear(x, scale, zero, axis=axis)
         return op.DequantizeLinear(whole, scale, zero, axis=axis)
 
-    return {torch.ops.cveff.quantize_dequantize.default: quantize_dequantize}
+    def quantize_dequantize_float8(x: Any, scale: Any, zero_point: Any, axis: int) -> Any:
+        zero = op.Cast(zero_point, to=TensorProto.FLOAT8E4M3FN)
+        if axis < 0:
+            return op.DequantizeLinear(op.QuantizeLinear(x, scale, zero), scale, zero)
+        return op.DequantizeLinear(op.QuantizeLinear(x, scale, zero, axis=axis), scale, zero, axis=axis)
+
+    return {
+        torch.ops.cveff.quantize_dequantize.default: quantize_dequantize,
+        torch.ops.cveff.quantize_dequantize_float8.default: quantize_dequantize_float8,
+    }
 
 
 def has_rounding(proto: onnx.ModelProto) -> bool:
@@ -46,7 +60,7 @@ def finish(proto: onnx.ModelProto, *, integer_biases: bool) -> None:
 
     Args:
         integer_biases: biases of layers on integers as int32 with the product of the steps (ONNX Runtime, OpenVINO);
-            TensorRT wants floats.
+            TensorRT wants floats, and one scale on both sides of a pair.
 
     Raises:
         ExportError: a step is not a constant of the file.
@@ -55,8 +69,8 @@ def finish(proto: onnx.ModelProto, *, integer_biases: bool) -> None:
     graph.fold_zero_points()
     graph.store_weights()
     graph.transpose_weights()
-    graph.scale_pixels()
     if integer_biases:
+        graph.scale_pixels()
         graph.store_biases()
     graph.clean()
 
@@ -74,7 +88,7 @@ class _Graph:
 
     def add(self, name: str, value: np.ndarray) -> str:
         if name not in self.constants:
-            self.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(value), name))
+            self.graph.initializer.append(numpy_helper.from_array(np.array(value, order="C"), name))
             self.constants[name] = self.graph.initializer[-1]
         return name
 
@@ -84,7 +98,7 @@ class _Graph:
             if node.op_type != "Cast" or node.input[0] not in self.constants:
                 continue
             kind = helper.tensor_dtype_to_np_dtype(node.attribute[0].i)
-            if kind in (np.int8, np.uint8):
+            if kind in (np.int8, np.uint8, FLOAT8):
                 self.add(node.output[0], np.round(self.value(node.input[0])).astype(kind))
                 self._remove(node)
 
@@ -97,19 +111,26 @@ class _Graph:
             shape = [1] * weight.ndim
             if scale.ndim:
                 shape[_axis(node)] = -1
-            limits = np.iinfo(zero.dtype)
-            whole = np.round(weight / scale.reshape(shape)) + zero.reshape(shape)
-            self.add(node.output[0], np.clip(whole, limits.min, limits.max).astype(zero.dtype))
+            self.add(node.output[0], _stored(weight / scale.reshape(shape), zero.reshape(shape)))
             self._remove(node)
 
     def transpose_weights(self) -> None:
-        """Transpose(DequantizeLinear(constant)) -> DequantizeLinear(transposed constant): kernels look for the latter."""
+        """Transpose(DequantizeLinear(constant)) -> DequantizeLinear(transposed constant): kernels look for the
+        latter."""
         for node in list(self.graph.node):
             source = self.made_by.get(node.input[0]) if node.op_type == "Transpose" else None
-            if source is None or source.op_type != "DequantizeLinear" or source.input[0] not in self.constants:
+            if (
+                source is None
+                or source.op_type != "DequantizeLinear"
+                or source.input[0] not in self.constants
+            ):
                 continue
             weight = self.value(source.input[0])
-            order = list(helper.get_attribute_value(node.attribute[0])) if node.attribute else list(range(weight.ndim))[::-1]
+            order = (
+                list(helper.get_attribute_value(node.attribute[0]))
+                if node.attribute
+                else list(range(weight.ndim))[::-1]
+            )
             name = self.add(f"{source.input[0]}_transposed", weight.transpose(order))
             axis = order.index(_axis(source)) if self.value(source.input[1]).ndim else None
             replaced = helper.make_node(
@@ -141,7 +162,7 @@ class _Graph:
             if len(factor) != 1 or factor[0] <= 0 or self.value(node.input[1]).ndim:
                 continue
             scale = (self.value(node.input[1]).astype(np.float64) / float(factor[0])).astype(np.float32)
-            node.input[1] = self.add(f"{node.output[0]}_pixel_scale", scale)
+            node.input[1] = self.add(f"{node.output[0]}{PIXEL_SCALE}", scale)
             chain[-1].input[0] = source.input[0]
             self._remove(source)
 
@@ -193,6 +214,14 @@ class _Graph:
         for name in node.output:
             self.made_by.pop(name, None)
         self.graph.node.remove(node)
+
+
+def _stored(ratio: np.ndarray, zero: np.ndarray) -> np.ndarray:
+    """A weight in steps, as the type of its zero point."""
+    if zero.dtype == FLOAT8:
+        return np.clip(ratio, -448, 448).astype(FLOAT8)
+    limits = np.iinfo(zero.dtype)
+    return np.clip(np.round(ratio) + zero, limits.min, limits.max).astype(zero.dtype)
 
 
 def _axis(node: onnx.NodeProto) -> int:

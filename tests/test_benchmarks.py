@@ -33,6 +33,8 @@ SCRIPTS = (
     "latency_goals",
     "compress_chain",
     "latency_table",
+    "trt_check",
+    "half",
 )
 HELPERS = (
     "choices_onnxruntime",

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
 from torch import Tensor
 
 from cveff.backbones.reparameterize import Reparameterize, has_branches
-from cveff.compress.quant.network import QuantizedGraph, is_quantized
-from cveff.compress.quant.placement import Placement, Scheme
+from cveff.compress.quant.network import QuantizedGraph, is_cast, is_quantized
+from cveff.compress.quant.placement import Scheme
 from cveff.compress.quant.post_training import PostTraining, WeightRounding
 from cveff.compress.quant.ranges import Method
+from cveff.compress.quant.reduced import reduce_floats
 from cveff.compress.quant.saturation import saturates
 from cveff.compress.samples import samples
 from cveff.errors import StepError
 from cveff.model import Model, with_module
 from cveff.steps import Run
 
-Precision = Literal["int8"]
+Precision = Literal["int8", "fp16", "bf16", "fp8"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class Quantize:
     The model that comes out computes in PyTorch what its exported file says: rounding included.
 
     Attributes:
-        precision: "int8": weights and activations.
+        precision: "int8": weights and activations; "fp16", "bf16": all but what needs float32; "fp8": what "tensorrt"
+            scheme rounds. Of the other settings these three heed `images` and `exclude` alone.
         scheme: where and how tensors are rounded (`cveff.compress.quant.placement`).
         method: how ranges of activations are found; "auto" takes the one that changes the logits least.
         weight_method: how those of weights are: "minmax", or "mse" for the least error.
@@ -37,7 +38,8 @@ class Quantize:
             block by block, which way each weight is rounded (AdaRound, BRECQ).
         equalize: move what makes tensors hard to round into the weights around them (cross-layer equalization,
             SmoothQuant); "auto" does where that changes the logits less.
-        saturation: "narrow" gives wider steps to channels whose 16-bit sums clip on x86 without VNNI; "ignore" does not;
+        saturation: "narrow" gives wider steps to channels whose 16-bit sums clip on x86 without VNNI; "ignore" does
+        not;
             "auto" does if this is such a processor.
         images: most calibration images; fewer are used once ranges settle.
         exclude: operators that stay in floats, by the names in the report.
@@ -82,10 +84,13 @@ class Quantize:
         Raises:
             StepError: the model is quantized already, cannot be captured, or overflows on the calibration images.
         """
-        if is_quantized(model.module):
+        if is_quantized(model.module) or is_cast(model.module):
             raise StepError(f"{model.spec.architecture} is quantized already; start from the float model")
         if has_branches(model.module):
             model = Reparameterize()(model, run)
+        images = self._images(model, run)
+        if self.precision != "int8":
+            return reduce_floats(model, self.precision, images, self.exclude, run.progress)
         found = PostTraining(
             scheme=self.scheme,
             method=self.method,
@@ -96,8 +101,8 @@ class Quantize:
             exclude=self.exclude,
             seed=run.seed,
             progress=run.progress,
-        ).quantize(model.module, model.spec.input, self._images(model, run))
-        return with_module(model, found.graph, edit_of(model, found.placement))
+        ).quantize(model.module, model.spec.input, images)
+        return with_module(model, found.graph, QuantizedGraph.of(model.spec.input, found.placement))
 
     def _images(self, model: Model, run: Run) -> list[Tensor]:
         assert run.data is not None
@@ -107,17 +112,3 @@ class Quantize:
             )
         found = samples(run.data.train, model.spec.input, self.images, seed=run.seed)
         return [images for images, _ in found]
-
-
-def edit_of(model: Model, placement: Placement) -> QuantizedGraph:
-    """The edit that rebuilds a quantized network."""
-    return QuantizedGraph(
-        input=model.spec.input.to_json(),
-        sites=tuple(_json(site) for site in placement.sites),
-        weights=tuple(_json(site) for site in placement.weights),
-    )
-
-
-def _json(site: object) -> dict[str, object]:
-    values = dataclasses.asdict(site)  # type: ignore[call-overload]
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}

@@ -1,8 +1,9 @@
 """Learn which way each weight is rounded, block by block, from what the float block returns.
 
-AdaRound (Nagel et al., ICML 2020): w = s · (floor(w/s) + h(v)) with h a stretched sigmoid that a regulariser drives to 0 or
-1, trained to reproduce the layer's output. BRECQ (Li et al., ICLR 2021) does so for the layers of a residual block together,
-whose errors interact: a block here is a run of operators between two tensors that everything later depends on alone.
+AdaRound (Nagel et al., ICML 2020): w = s · (floor(w/s) + h(v)) with h a stretched sigmoid that a regulariser drives to
+0 or 1, trained to reproduce the layer's output. BRECQ (Li et al., ICLR 2021) does so for the layers of a residual block
+together, whose errors interact: a block here is a run of operators between two tensors that everything later depends on
+alone.
 """
 
 from __future__ import annotations
@@ -168,9 +169,13 @@ def _reconstruct_block(
             beta = 2 + 18 * (1 - (done - settings.warmup) / (1 - settings.warmup))
             total = sum(item.decision.numel() for item in soft.values())
             scale = targets.square().mean()
-            loss = loss + settings.regularisation * scale * sum(
-                (item.indecision(beta) for item in soft.values()), torch.tensor(0.0)
-            ) / total
+            loss = (
+                loss
+                + settings.regularisation
+                * scale
+                * sum((item.indecision(beta) for item in soft.values()), torch.tensor(0.0))
+                / total
+            )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -206,7 +211,7 @@ def _own(node: fx.Node) -> fx.Node:
     return node
 
 
-class _Reached(Exception):
+class _ReachedError(Exception):
     """An inner tensor was computed; nothing after it is needed."""
 
     def __init__(self, value: Tensor) -> None:
@@ -219,13 +224,13 @@ def _until(interpreter: Observe, node: fx.Node, images: Tensor) -> Tensor:
     def stop(n: fx.Node) -> Any:
         value = run(n)
         if n is node:
-            raise _Reached(value)
+            raise _ReachedError(value)
         return value
 
     interpreter.run_node = stop  # type: ignore[method-assign]
     try:
         interpreter.run(images)
-    except _Reached as reached:
+    except _ReachedError as reached:
         return reached.value
     raise StepError(f"{node.name} was never computed")
 

@@ -60,6 +60,9 @@ _IN_PLACE = {
 }
 """A rounded copy of a value must not change when the value does: nothing works in place."""
 
+_PADS = {aten.constant_pad_nd.default, aten.pad.default}
+"""Zeros around an image: exporters write them into the convolution behind, unless a rounding is in the way."""
+
 
 def capture(module: nn.Module, spec: InputSpec) -> fx.GraphModule:
     """The graph of `module`, which is left as it was, with copies of its weights.
@@ -153,6 +156,21 @@ def output_axis(node: fx.Node) -> int:
     return _OUTPUT_AXIS.get(node.target, 0)
 
 
+def pads_zeros(node: Any) -> bool:
+    """Whether an operator does nothing but put zeros around an image."""
+    if node.target not in _PADS:
+        return False
+    value: Any = (
+        node.args[3]
+        if len(node.args) > 3
+        else node.args[2]
+        if node.target is aten.constant_pad_nd.default and len(node.args) > 2
+        else 0
+    )
+    mode = node.args[2] if node.target is aten.pad.default and len(node.args) > 2 else "constant"
+    return mode == "constant" and not value
+
+
 def _plain(exported: Any) -> fx.GraphModule:
     """An exported module without its guards, its tree of arguments and its refusal to be trained."""
     graph: fx.Graph = exported.graph
@@ -163,7 +181,9 @@ def _plain(exported: Any) -> fx.GraphModule:
     logits: Any = output.args[0]
     while isinstance(logits, (tuple, list)):
         if len(logits) != 1:
-            raise StepError(f"the network returns {len(logits)} values; only one tensor of logits can be quantized")
+            raise StepError(
+                f"the network returns {len(logits)} values; only one tensor of logits can be quantized"
+            )
         logits = logits[0]
     output.args = (logits,)
     graph.set_codegen(fx.graph.CodeGen())
@@ -185,6 +205,8 @@ def _drop_idle(graph: fx.GraphModule) -> None:
         if node.target in _NOTHING or contiguous or (node.target is aten.clone.default):
             node.replace_all_uses_with(node.args[0])
             graph.graph.erase_node(node)
+        elif node.target is aten.view.default:
+            node.target = aten.reshape.default  # what made its input contiguous is gone
 
 
 def _pool_by_mean(graph: fx.GraphModule) -> None:
@@ -205,7 +227,11 @@ def _name_clamps(graph: fx.GraphModule) -> None:
             if low == 0 and high is None:
                 node.target, node.args, node.kwargs = aten.relu.default, node.args[:1], {}
             elif low == 0 and isinstance(high, (int, float)):
-                node.target, node.args, node.kwargs = aten.hardtanh.default, (node.args[0], 0.0, float(high)), {}
+                node.target, node.args, node.kwargs = (
+                    aten.hardtanh.default,
+                    (node.args[0], 0.0, float(high)),
+                    {},
+                )
 
 
 def _split_silu(graph: fx.GraphModule) -> None:
@@ -219,7 +245,8 @@ def _split_silu(graph: fx.GraphModule) -> None:
 
 
 def _fold_batch_norms(graph: fx.GraphModule) -> None:
-    """`bn(w x + b) = (w γ/σ) x + (b - μ) γ/σ + β` wherever the norm is the only reader (Jacob et al., CVPR 2018, 3.2)."""
+    """`bn(w x + b) = (w γ/σ) x + (b - μ) γ/σ + β` wherever the norm is the only reader (Jacob et al., CVPR 2018,
+    3.2)."""
     for norm in list(graph.graph.nodes):
         if norm.target not in _BATCH_NORMS:
             continue
@@ -232,7 +259,9 @@ def _fold_batch_norms(graph: fx.GraphModule) -> None:
         bias = constant(graph, bias_node)
         # A shared weight cannot take one norm's scale, and neither can the groups of a transposed convolution.
         is_shared = len(source.args[1].users) != 1 or (bias is not None and len(bias_node.users) != 1)
-        grouped = source.target is aten.conv_transpose2d.input and len(source.args) > 6 and source.args[6] != 1
+        grouped = (
+            source.target is aten.conv_transpose2d.input and len(source.args) > 6 and source.args[6] != 1
+        )
         if weight is None or is_shared or grouped or (bias_node is not None and bias is None):
             continue
         gamma, beta, mean, variance = (constant(graph, argument) for argument in norm.args[1:5])

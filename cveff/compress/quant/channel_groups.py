@@ -1,7 +1,8 @@
 """Channels of a captured graph that can be rescaled together: made by layers, read by layers, nothing else in between.
 
-Whatever passes a factor on channel by channel joins tensors into one group: ReLU, pooling, additions of a residual stream,
-multiplication by a gate. A group that something else touches (a sigmoid, a concatenation, the images, the output) is left.
+Whatever passes a factor on channel by channel joins tensors into one group: ReLU, pooling, additions of a residual
+stream, multiplication by a gate. A group that something else touches (a sigmoid, a concatenation, the images, the
+output) is left.
 """
 
 from __future__ import annotations
@@ -11,9 +12,8 @@ from typing import Any
 
 from torch import fx
 
-from cveff.compress.quant.capture import aten, constant
+from cveff.compress.quant.capture import aten, constant, pads_zeros
 from cveff.compress.quant.layers import Layer, find_layers
-from cveff.compress.quant.placement import pads_zeros
 
 _PASSING = {
     aten.relu.default,
@@ -104,14 +104,18 @@ class _Groups:
             self._join(node, node.args[0])
         elif pads_zeros(node) or target in _PASSING:
             tensors = [item for item in node.args if isinstance(item, fx.Node)]
-            plain = all(item.op == "call_function" and _shape(item)[1:2] == _shape(node)[1:2] for item in tensors)
+            plain = all(
+                item.op == "call_function" and _shape(item)[1:2] == _shape(node)[1:2] for item in tensors
+            )
             numbers = target in (aten.add.Tensor, aten.sub.Tensor) and len(tensors) < 2
             for tensor in tensors if plain and not numbers else (node, *node.all_input_nodes):
                 if plain and not numbers:
                     self._join(node, tensor)
                 else:
                     self._break(tensor)
-        elif target in (aten.flatten.using_ints, aten.view.default, aten.reshape.default) and _drops_ones(node):
+        elif target in (aten.flatten.using_ints, aten.view.default, aten.reshape.default) and _drops_ones(
+            node
+        ):
             self._join(node, node.args[0])
         else:
             for tensor in (node, *node.all_input_nodes):
@@ -137,7 +141,12 @@ class _Groups:
         affine = node.args[2:4]
         values = [constant(self.graph, item) for item in affine if item is not None]
         own = all(isinstance(item, fx.Node) and len(item.users) == 1 for item in affine if item is not None)
-        if not values or affine[0] is None or not own or any(value is None or value.ndim != 1 for value in values):
+        if (
+            not values
+            or affine[0] is None
+            or not own
+            or any(value is None or value.ndim != 1 for value in values)
+        ):
             self._break(node)
             return
         self.parent.setdefault(node, node)

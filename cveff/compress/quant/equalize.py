@@ -1,11 +1,13 @@
-"""Move what makes tensors hard to round from their channels into the weights around them, which leaves the network as it is.
+"""Move what makes tensors hard to round from their channels into the weights around them, which leaves the network as
+it is.
 
-A tensor has one step for all its channels, so one wide channel costs the others their precision. Dividing a channel by s
-where it is made and multiplying the weights that read it by s changes nothing but its range, as long as what lies between
-is homogeneous (`channel_groups`). Weights have a step for each *output* channel: dividing rows is free, multiplying columns
-is not, except in depthwise convolutions, whose every column is a row.
+A tensor has one step for all its channels, so one wide channel costs the others their precision. Dividing a channel
+by s where it is made and multiplying the weights that read it by s changes nothing but its range, as long as what
+lies between is homogeneous (`channel_groups`). Weights have a step for each *output* channel: dividing rows is free,
+multiplying columns is not, except in depthwise convolutions, whose every column is a row.
 
-- behind convolutions and linear layers: cross-layer equalization (Nagel et al., ICCV 2019, section 4.1), over whole residual
+- behind convolutions and linear layers: cross-layer equalization (Nagel et al., ICCV 2019, section 4.1), over whole
+  residual
   streams and with ranges of activations in place of the first layer's weights, since those have a step a channel here;
 - behind layer norms: SmoothQuant (Xiao et al., ICML 2023), s = max|x|^α / max|w|^(1-α).
 """
@@ -23,8 +25,8 @@ from cveff.compress.quant.layers import Layer, Observe, parameter
 ALPHA = 0.5
 """The share of the difficulty that goes into the weights (SmoothQuant's default)."""
 FLOOR = 0.25
-"""Of a tensor's range: no channel is taken to be narrower. One that hardly fires on a few hundred images may on another, and
-would be clipped where its range was stretched too far."""
+"""Of a tensor's range: no channel is taken to be narrower. One that hardly fires on a few hundred images may on
+another, and would be clipped where its range was stretched too far."""
 MARGIN = 1.25
 """A stretched channel is given this much more than it was seen to need below a clamp."""
 _LIMIT = 100.0
@@ -58,7 +60,9 @@ def equalize(
 
 def _scales(graph: fx.GraphModule, group: ChannelGroup, ranges: Sequence[Tensor], alpha: float) -> Tensor:
     """(channels,) what each channel is divided by."""
-    of_tensors = torch.stack([reach / reach.max().clamp(min=1e-30) for reach in ranges]).amax(0).clamp(min=FLOOR)
+    of_tensors = (
+        torch.stack([reach / reach.max().clamp(min=1e-30) for reach in ranges]).amax(0).clamp(min=FLOOR)
+    )
     columns = [_column_ranges(graph, reader) for reader in group.readers]
     of_weights = torch.stack([reach / reach.max().clamp(min=1e-30) for reach in columns]).amax(0)
     depthwise = all(reader.groups > 1 and reader.groups == len(of_tensors) for reader in group.readers)
@@ -69,7 +73,9 @@ def _scales(graph: fx.GraphModule, group: ChannelGroup, ranges: Sequence[Tensor]
         return torch.ones_like(scale)
     if group.clamped:
         # Larger than it was made, a channel must still end below the clamp; one that is clamped stays.
-        reach = torch.stack([ranges[group.tensors.index(tensor)] / limit for tensor, limit in group.clamped]).amax(0)
+        reach = torch.stack(
+            [ranges[group.tensors.index(tensor)] / limit for tensor, limit in group.clamped]
+        ).amax(0)
         least = (MARGIN * reach).clamp(FLOOR, 1.0)
         return torch.where(usable, torch.maximum(scale / scale[usable].max(), least), 1.0)
     middle = scale[usable].log().mean().exp()

@@ -2,8 +2,9 @@
 
     q(x) = (clip(round(x / s) + z, low, high) - z) · s
 
-Esser et al., "Learned Step Size Quantization", ICLR 2020; Bhalgat et al., "LSQ+", CVPR-W 2020. Rounding is to the nearest,
-halves to even, and x is divided by s (not multiplied by 1/s): so the exported QuantizeLinear gives the same integers.
+Esser et al., "Learned Step Size Quantization", ICLR 2020; Bhalgat et al., "LSQ+", CVPR-W 2020. Rounding is to the
+nearest, halves to even, and x is divided by s (not multiplied by 1/s): so the exported QuantizeLinear gives the same
+integers.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cveff.compress.quant.float8_values import FLOAT8_LARGEST, RoundToFloat8, round_to_float8
 from cveff.errors import StepError
 
 TINY = 1e-8
@@ -30,25 +32,35 @@ class Grid:
         signed: from -2^(bits-1), or from 0.
         symmetric: the zero point is fixed, at 0 where `signed`, and the steps reach equally far to both sides.
         narrow: without the lowest integer, so that a signed range is as wide on both sides (weights).
+        float8: not integers but the values of E4M3 (`float8_values`).
     """
 
     bits: int = 8
     signed: bool = False
     symmetric: bool = False
     narrow: bool = False
+    float8: bool = False
 
     def __post_init__(self) -> None:
+        if self.float8 and not (self.bits == 8 and self.signed and self.symmetric and not self.narrow):
+            raise StepError(
+                "float8 has 8 bits, a sign and no zero point; give signed=True and symmetric=True"
+            )
         if not 2 <= self.bits <= 8:
             raise StepError(f"bits is {self.bits}; give 2 to 8")
 
     @property
     def low(self) -> int:
-        """The lowest integer."""
+        """The lowest integer, or value of float8."""
+        if self.float8:
+            return -FLOAT8_LARGEST
         return (-(2 ** (self.bits - 1)) if self.signed else 0) + self.narrow
 
     @property
     def high(self) -> int:
-        """The highest integer."""
+        """The highest integer, or value of float8."""
+        if self.float8:
+            return FLOAT8_LARGEST
         return 2 ** (self.bits - 1) - 1 if self.signed else 2**self.bits - 1
 
     def steps(self, minimum: Tensor, maximum: Tensor) -> tuple[Tensor, Tensor]:
@@ -116,7 +128,13 @@ class FakeQuantize(nn.Module):
         self.set_steps(*self.grid.steps(minimum, maximum))
 
     def learn(self) -> None:
-        """Make the steps parameters (the zero point too, where the grid is not symmetric)."""
+        """Make the steps parameters (the zero point too, where the grid is not symmetric).
+
+        Raises:
+            StepError: the grid is float8's, whose values are as precise relative to any step.
+        """
+        if self.grid.float8:
+            raise StepError("steps of float8 cannot be learned; only weights are trained")
         names = ["scale"] if self.grid.symmetric else ["scale", "zero_point"]
         for name in names:
             value = getattr(self, name)
@@ -136,19 +154,31 @@ class FakeQuantize(nn.Module):
             self.zero_point.round_().clamp_(self.grid.low, self.grid.high)
 
     def integers(self, x: Tensor) -> Tensor:
-        """What `x` is stored as, float tensor of whole numbers."""
+        """What `x` is stored as, float tensor of whole numbers (of float8's values)."""
         scale, zero = self._broadcast(x)
+        if self.grid.float8:
+            return round_to_float8(x / scale)
         return torch.round(x / scale).add(torch.round(zero)).clamp(self.grid.low, self.grid.high)
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` of any shape, rounded."""
         if not self.enabled:
             return x
+        if torch.compiler.is_exporting() and self.grid.float8:
+            axis = -1 if self.axis is None else self.axis
+            return torch.ops.cveff.quantize_dequantize_float8(x, self.scale, self.zero_point, axis)
         if torch.compiler.is_exporting():
             return torch.ops.cveff.quantize_dequantize(
-                x, self.scale, self.zero_point, -1 if self.axis is None else self.axis, self.grid.low, self.grid.high
+                x,
+                self.scale,
+                self.zero_point,
+                -1 if self.axis is None else self.axis,
+                self.grid.low,
+                self.grid.high,
             )
         scale, zero = self._broadcast(x)
+        if self.grid.float8:
+            return RoundToFloat8.apply(x, scale)  # type: ignore[no-any-return]
         if torch.is_grad_enabled() and (x.requires_grad or self.scale.requires_grad):
             # Gradients of a step sum over many elements; without this factor they would drown the weights'.
             elements = x.numel() / max(self.scale.numel(), 1)
@@ -160,6 +190,8 @@ class FakeQuantize(nn.Module):
 
     def extra_repr(self) -> str:
         """Grid and axis."""
+        if self.grid.float8:
+            return f"float8, axis={self.axis}"
         return f"{self.grid.bits} bits, {'signed' if self.grid.signed else 'unsigned'}, axis={self.axis}"
 
     def _broadcast(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -211,7 +243,9 @@ def _sum_to(value: Tensor, shape: torch.Size) -> Tensor:
 
 
 @torch.library.custom_op("cveff::quantize_dequantize", mutates_args=())
-def quantize_dequantize(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int, low: int, high: int) -> Tensor:
+def quantize_dequantize(
+    x: Tensor, scale: Tensor, zero_point: Tensor, axis: int, low: int, high: int
+) -> Tensor:
     """`FakeQuantize` as one operator, which the ONNX exporter writes as QuantizeLinear and DequantizeLinear.
 
     Args:

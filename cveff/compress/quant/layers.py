@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from cveff.compress.quant.capture import CONVOLUTIONS, aten, constant, identify
+from cveff.compress.quant.capture import CONVOLUTIONS, aten, constant, identify, pads_zeros
 from cveff.compress.quant.fake_quant import FakeQuantize
 
 POSITIONS = 64
@@ -150,14 +150,18 @@ def _convolution(graph: fx.GraphModule, node: fx.Node, name: str, weight: fx.Nod
     value = constant(graph, weight)
     assert value is not None
     arguments: list[Any] = [*node.args, *[None] * 7][:7]
-    stride, padding, dilation = (_pair(arguments[index], default) for index, default in ((3, 1), (4, 0), (5, 1)))
+    stride, padding, dilation = (
+        _pair(arguments[index], default) for index, default in ((3, 1), (4, 0), (5, 1))
+    )
     kernel = (value.shape[2], value.shape[3])
     if isinstance(arguments[4], str):
         padding = (0, 0)
         if arguments[4] == "same":
             total = [dilation[side] * (kernel[side] - 1) for side in (0, 1)]
             sides = (total[1] // 2, total[1] - total[1] // 2, total[0] // 2, total[0] - total[0] // 2)
-            return Layer(name, node, str(weight.target), bias, arguments[6] or 1, kernel, stride, sides, dilation)
+            return Layer(
+                name, node, str(weight.target), bias, arguments[6] or 1, kernel, stride, sides, dilation
+            )
     sides = (padding[1], padding[1], padding[0], padding[0])
     return Layer(name, node, str(weight.target), bias, arguments[6] or 1, kernel, stride, sides, dilation)
 
@@ -174,6 +178,17 @@ def _pair(value: Any, default: int) -> tuple[int, int]:
 def weight_rounding(graph: fx.GraphModule, layer: Layer) -> FakeQuantize | None:
     """What rounds a layer's weight, if anything does."""
     node: Any = layer.node.args[1]
+    if isinstance(node, fx.Node) and node.op == "call_module":
+        rounding = graph.get_submodule(str(node.target))
+        return rounding if isinstance(rounding, FakeQuantize) else None
+    return None
+
+
+def input_rounding(graph: fx.GraphModule, layer: Layer) -> FakeQuantize | None:
+    """What rounds a layer's input, if anything does; zeros may be put around it in between."""
+    node: Any = layer.node.args[0]
+    while isinstance(node, fx.Node) and pads_zeros(node):
+        node = node.args[0]
     if isinstance(node, fx.Node) and node.op == "call_module":
         rounding = graph.get_submodule(str(node.target))
         return rounding if isinstance(rounding, FakeQuantize) else None

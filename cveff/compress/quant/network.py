@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -11,7 +12,7 @@ from torch import fx, nn
 
 from cveff.compress.quant.capture import capture, constant, identify, set_parameter
 from cveff.compress.quant.fake_quant import FakeQuantize
-from cveff.compress.quant.placement import Placement, Site, WeightSite
+from cveff.compress.quant.placement import Placement, Scheme, Site, WeightSite
 from cveff.errors import CheckpointError
 from cveff.runtime.input_spec import InputSpec
 
@@ -28,11 +29,13 @@ class QuantizedGraph:
     Attributes:
         input: `InputSpec` as JSON: what the graph is captured for.
         sites, weights: see `Placement`; as JSON.
+        scheme: whose engine the file is written for.
     """
 
     input: Any
     sites: tuple[Any, ...] = ()
     weights: tuple[Any, ...] = ()
+    scheme: Scheme = "cpu"
     kind: ClassVar[str] = "quantize"
 
     def apply(self, module: nn.Module) -> nn.Module:
@@ -46,12 +49,23 @@ class QuantizedGraph:
         insert(graph, self.placement)
         return graph
 
+    @classmethod
+    def of(cls, spec: InputSpec, placement: Placement) -> QuantizedGraph:
+        """The edit that rebuilds a network rounded so."""
+        return cls(
+            input=spec.to_json(),
+            sites=tuple(_json(site) for site in placement.sites),
+            weights=tuple(_json(site) for site in placement.weights),
+            scheme=placement.scheme,
+        )
+
     @property
     def placement(self) -> Placement:
         """What is rounded."""
         return Placement(
             tuple(Site(**_fields(item)) for item in self.sites),
             tuple(WeightSite(**_fields(item)) for item in self.weights),
+            scheme=self.scheme,
         )
 
 
@@ -92,18 +106,22 @@ def insert(graph: fx.GraphModule, placement: Placement) -> Roundings:
             rounded = graph.graph.call_module(paths[site.tensor], (node,))
         rounded.meta = {"val": node.meta.get("val"), "nn_module_stack": node.meta.get("nn_module_stack")}
         node.replace_all_uses_with(
-            rounded, lambda user, rounded=rounded, readers=readers: user is not rounded and _reads(user, readers)
+            rounded,
+            lambda user, rounded=rounded, readers=readers: user is not rounded and _reads(user, readers),
         )
     for site in placement.weights:
         node = _found(nodes, site.reader)
         weight: Any = node.args[1]
         value = constant(graph, weight)
         if value is None:
-            raise CheckpointError(f"{site.reader} has no weight of its own; this model was written for another network")
+            raise CheckpointError(
+                f"{site.reader} has no weight of its own; this model was written for another network"
+            )
         path = f"{ROUNDING}.w{len(weights)}"
         if len(node.args) < 3 or node.args[2] is None:
             _add_bias(graph, node, value.shape[site.axis])
-        weights[site.reader] = FakeQuantize(site.grid, value.shape[site.axis], site.axis)
+        sizes = () if site.per_tensor else (value.shape[site.axis], site.axis)
+        weights[site.reader] = FakeQuantize(site.grid, *sizes)
         graph.add_submodule(path, weights[site.reader])
         with graph.graph.inserting_before(node):
             rounded = graph.graph.call_module(path, (weight,))
@@ -126,6 +144,11 @@ def roundings(graph: nn.Module, placement: Placement) -> Roundings:
 def is_quantized(module: nn.Module) -> bool:
     """Whether some tensor of the network is rounded already."""
     return any(isinstance(part, FakeQuantize) for part in module.modules())
+
+
+def is_cast(module: nn.Module) -> bool:
+    """Whether a network computes in float16 or bfloat16 somewhere."""
+    return any(value.dtype in (torch.float16, torch.bfloat16) for value in module.state_dict().values())
 
 
 def _add_bias(graph: fx.GraphModule, node: fx.Node, size: int) -> None:
@@ -151,6 +174,11 @@ def _found(nodes: Mapping[str, fx.Node], name: str) -> fx.Node:
 
 def _reads(user: fx.Node, readers: set[fx.Node]) -> bool:
     return not readers or user in readers
+
+
+def _json(site: Any) -> dict[str, object]:
+    values = dataclasses.asdict(site)
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
 
 def _mapping(value: Any) -> dict[str, Any]:

@@ -1,31 +1,33 @@
 """Which tensors are rounded, so that an engine's integer kernels take over and nothing is rounded in vain.
 
-An engine runs an operator on integers if everything it reads is rounded and (for most) what it writes is rounded as well.
-What is decided here are tensors and who reads them rounded; engines differ in what they ask for:
+An engine runs an operator on integers if everything it reads is rounded and (for most) what it writes is rounded as
+well. What is decided here are tensors and who reads them rounded; engines differ in what they ask for:
 
-- "cpu" and its variants (ONNX Runtime, OpenVINO): convolutional networks stay in integers from end to end, through additions,
+- "cpu" and its variants (ONNX Runtime, OpenVINO): convolutional networks stay in integers from end to end, through
+  additions,
   concatenations and pooling. Networks with layer norms do not: rounding their residual stream costs accuracy and buys
   nothing, so only layers with weights are rounded, and matrix products return floats.
-- "tensorrt": inputs of layers with weights and of attention's products, and one branch of each residual addition (the other
+- "tensorrt": inputs of layers with weights and of attention's products, and one branch of each residual addition (the
+  other
   is a convolution that the addition is fused into); zero points are 0, weights have a step for each output channel.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
 from torch import fx
 
-from cveff.compress.quant.capture import CONVOLUTIONS, aten, constant, identify, output_axis
+from cveff.compress.quant.capture import CONVOLUTIONS, aten, constant, identify, output_axis, pads_zeros
 from cveff.compress.quant.fake_quant import Grid
 from cveff.errors import StepError
 
 Scheme = Literal["cpu", "cpu-signed", "openvino", "tensorrt"]
-"""What the engine asks for. "cpu-signed" is "cpu" with symmetric signed activations (Arm); in "openvino" those with negative
-values are symmetric and signed, so that no zero point has to be subtracted."""
+"""What the engine asks for. "cpu-signed" is "cpu" with symmetric signed activations (Arm); in "openvino" those with
+negative values are symmetric and signed, so that no zero point has to be subtracted."""
 
 LINEAR = {aten.linear.default}
 PRODUCTS = {aten.matmul.default, aten.bmm.default}
@@ -48,8 +50,6 @@ PASSING = {
     aten.upsample_nearest2d.vec,
 }
 """Operators that only move values: what they return has the steps of what they take."""
-_PADS = {aten.constant_pad_nd.default, aten.pad.default}
-"""Zeros around an image: exporters write them into the convolution behind, unless a rounding is in the way."""
 _NORMS = {aten.layer_norm.default, aten.group_norm.default}
 
 
@@ -61,7 +61,7 @@ class Site:
         tensor: its operator, as `identify` names it.
         readers: operators that read it rounded; none: all do.
         like: the tensor whose steps it has; "": its own.
-        bits, signed, symmetric: its grid.
+        bits, signed, symmetric, float8: its grid.
     """
 
     tensor: str
@@ -70,11 +70,12 @@ class Site:
     bits: int = 8
     signed: bool = False
     symmetric: bool = False
+    float8: bool = False
 
     @property
     def grid(self) -> Grid:
         """The integers."""
-        return Grid(self.bits, self.signed, self.symmetric)
+        return Grid(self.bits, self.signed, self.symmetric, float8=self.float8)
 
 
 @dataclass(frozen=True)
@@ -85,16 +86,20 @@ class WeightSite:
         reader: the operator whose second argument it is.
         axis: of the output channels, each of which has its own step.
         bits: of its grid, which is signed, symmetric and without the lowest integer.
+        float8: its grid is float8's.
+        per_tensor: one step for all channels.
     """
 
     reader: str
     axis: int = 0
     bits: int = 8
+    float8: bool = False
+    per_tensor: bool = False
 
     @property
     def grid(self) -> Grid:
         """The integers."""
-        return Grid(self.bits, signed=True, symmetric=True, narrow=True)
+        return Grid(self.bits, signed=True, symmetric=True, narrow=not self.float8, float8=self.float8)
 
 
 @dataclass(frozen=True)
@@ -105,11 +110,13 @@ class Placement:
         sites: tensors, in the order they are computed.
         weights: the layers that run on integers.
         excluded: layers that could, and were to stay in floats.
+        scheme: whose engine it is for.
     """
 
     sites: tuple[Site, ...]
     weights: tuple[WeightSite, ...]
     excluded: tuple[str, ...] = ()
+    scheme: Scheme = "cpu"
 
 
 def place(graph: fx.GraphModule, scheme: Scheme = "cpu", exclude: Collection[str] = ()) -> Placement:
@@ -127,7 +134,8 @@ def place(graph: fx.GraphModule, scheme: Scheme = "cpu", exclude: Collection[str
     if unknown:
         raise StepError(f"{unknown[0]!r} is no operator of this network; see the names in the report")
     walk = _TensorRT if scheme == "tensorrt" else _OpenVino if scheme == "openvino" else _Cpu
-    found = walk(graph, frozenset(exclude), signed=scheme in ("cpu-signed", "tensorrt")).placement()
+    signed = scheme in ("cpu-signed", "tensorrt")
+    found = replace(walk(graph, frozenset(exclude), signed=signed).placement(), scheme=scheme)
     if not found.weights:
         raise StepError("no layer with weights is left to quantize")
     return found
@@ -139,10 +147,13 @@ class _Walk:
     def __init__(self, graph: fx.GraphModule, exclude: frozenset[str], signed: bool) -> None:
         self.graph, self.signed = graph, signed
         self.names = {node: name for name, node in identify(graph).items()}
+        self.computed = _computed(graph)
         self.weighted = [
             node
             for node in graph.graph.nodes
-            if node.target in CONVOLUTIONS | LINEAR and constant(graph, node.args[1]) is not None
+            if node.target in CONVOLUTIONS | LINEAR
+            and constant(graph, node.args[1]) is not None
+            and node.args[0] in self.computed
         ]
         self.excluded = {node for node, name in self.names.items() if name in exclude}
         self.integer = [node for node in self.weighted if node not in self.excluded]
@@ -156,7 +167,7 @@ class _Walk:
 
     def for_reader(self, tensor: fx.Node, reader: fx.Node) -> None:
         """`reader` does."""
-        while pads_zeros(tensor):
+        while pads_zeros(tensor) and len(tensor.users) == 1:
             tensor, reader = tensor.args[0], tensor  # type: ignore[assignment]
         if tensor not in self.names:
             return
@@ -213,7 +224,9 @@ class _Cpu(_Walk):
         if node.target not in _COMBINING | _POINTWISE | _AVERAGING:
             return False
         activations = list(_activations(node))
-        wanted = len(node.args[0]) if node.target is aten.cat.default else 2 if node.target in _COMBINING else 1  # type: ignore[arg-type]
+        wanted = (
+            len(node.args[0]) if node.target is aten.cat.default else 2 if node.target in _COMBINING else 1
+        )  # type: ignore[arg-type]
         return len(activations) == wanted and all(tensor in self.names for tensor in activations)
 
 
@@ -226,19 +239,26 @@ class _OpenVino(_Cpu):
 class _TensorRT(_Walk):
     def placement(self) -> Placement:
         for node in self.graph.graph.nodes:
-            if node in self.integer or (node.target in PRODUCTS and node not in self.excluded):
+            if node in self.integer or self._is_product(node):
                 for tensor in _activations(node):
                     self.for_reader(tensor, node)
-            if node.target is aten.add.Tensor and node not in self.excluded:
+            elif node.target is aten.add.Tensor and node not in self.excluded:
                 skip = self._skip_of(node)
                 if skip is not None:
                     self.for_reader(skip, node)
         return self.result()
 
+    def _is_product(self, node: fx.Node) -> bool:
+        """A product of two computed matrices: with one in floats, rounding the other would be in vain."""
+        if node.target not in PRODUCTS or node in self.excluded:
+            return False
+        tensors = list(_activations(node))
+        return len(tensors) == 2 and all(tensor in self.computed for tensor in tensors)
+
     def _skip_of(self, node: fx.Node) -> fx.Node | None:
         """The branch of an addition that is not the convolution it will be fused into."""
         tensors = list(_activations(node))
-        if len(tensors) != 2:
+        if len(tensors) != 2 or "alpha" in node.kwargs or _shape(tensors[0]) != _shape(tensors[1]):
             return None
         fused = [
             tensor
@@ -246,6 +266,21 @@ class _TensorRT(_Walk):
             if tensor in self.integer and tensor.target in CONVOLUTIONS and len(tensor.users) == 1
         ]
         return next((tensor for tensor in tensors if tensor is not fused[0]), None) if fused else None
+
+
+def _computed(graph: fx.GraphModule) -> set[fx.Node]:
+    """What depends on the images: the rest (Swin V2's position biases) is constant, and folded when exported."""
+    found: set[fx.Node] = set()
+    for node in graph.graph.nodes:
+        is_size = node.target is aten.sym_size.int
+        if node.op == "placeholder" or (not is_size and any(item in found for item in node.all_input_nodes)):
+            found.add(node)
+    return found
+
+
+def _shape(node: fx.Node) -> torch.Size:
+    value = node.meta["val"]
+    return value.shape  # type: ignore[no-any-return]
 
 
 def _activations(node: fx.Node) -> Iterator[fx.Node]:
@@ -262,15 +297,6 @@ def _activations(node: fx.Node) -> Iterator[fx.Node]:
 def _is_float(node: fx.Node) -> bool:
     value = node.meta.get("val")
     return isinstance(value, torch.Tensor) and value.is_floating_point()
-
-
-def pads_zeros(node: Any) -> bool:
-    """Whether an operator does nothing but put zeros around an image."""
-    if node.target not in _PADS:
-        return False
-    value: Any = node.args[3] if len(node.args) > 3 else node.args[2] if node.target is aten.constant_pad_nd.default and len(node.args) > 2 else 0
-    mode = node.args[2] if node.target is aten.pad.default and len(node.args) > 2 else "constant"
-    return mode == "constant" and not value
 
 
 def _behind_clamps(node: fx.Node) -> fx.Node:

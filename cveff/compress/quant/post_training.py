@@ -1,7 +1,7 @@
 """Post-training quantization of a network to 8-bit integers, from a few hundred images without labels.
 
-What is to be chosen (how ranges are found, whether channels are equalized) is chosen by what it does to the logits of images
-that the ranges were not taken from.
+What is to be chosen (how ranges are found, whether channels are equalized) is chosen by what it does to the logits of
+images that the ranges were not taken from.
 """
 
 from __future__ import annotations
@@ -9,22 +9,22 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
 
 from cveff.compress.quant.adaround import reconstruct
 from cveff.compress.quant.capture import capture, constant, identify
-from cveff.compress.quant.fake_quant import Grid
 from cveff.compress.quant.channel_groups import channel_groups
 from cveff.compress.quant.equalize import ALPHA, equalize
 from cveff.compress.quant.error import logits, relative_error
+from cveff.compress.quant.fake_quant import Grid
 from cveff.compress.quant.layers import find_layers
 from cveff.compress.quant.network import Roundings, insert
 from cveff.compress.quant.placement import Placement, Scheme, place
 from cveff.compress.quant.ranges import Method, Watch, drift, rounding_off, weight_range
-from cveff.compress.quant.round_weights import round_weights
+from cveff.compress.quant.round_weights import round_biases, round_weights
 from cveff.compress.quant.saturation import narrow, predict_saturation
 from cveff.errors import StepError
 from cveff.progress import Progress, Silent
@@ -86,8 +86,9 @@ class PostTraining:
             found = self._attempt(source, batches, held, expected)
             found.equalized = len(links) if is_equalized else 0
             if self.equalize == "auto" and links:
+                how = "with" if is_equalized else "without"
                 self.progress.message(
-                    f"{'with' if is_equalized else 'without'} equalization: error {found.error:.4f} of the logits' energy"
+                    f"{how} equalization: the logits' error is {found.error:.4f} of their energy"
                 )
             if best is None or found.error < best.error:
                 best = found
@@ -125,6 +126,7 @@ class PostTraining:
             narrowed = narrow(graph, predict_saturation(graph, seen, seed=self.seed))
         if self.weights != "nearest":
             round_weights(graph, seen, seed=self.seed)
+        round_biases(graph)
         error = relative_error(logits(graph, held), expected)
         return Quantized(graph, exact, placement, roundings, method, images, error, narrowed)
 
@@ -176,6 +178,7 @@ class PostTraining:
         for layer in find_layers(found.graph):
             layer.put(found.graph, others[layer.name].matrix(found.exact))
         reconstruct(found.graph, found.exact, batches, seed=self.seed, progress=self.progress)
+        round_biases(found.graph)
 
 
 @dataclass

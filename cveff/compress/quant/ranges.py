@@ -1,8 +1,8 @@
 """From values seen on calibration images to the range a tensor is rounded in.
 
 Values are counted in bins whose width is a power of two, aligned at zero; where values go beyond the last bin, bins are
-merged in pairs. So one pass over the images is enough, counts do not depend on the images' order, and memory not on their
-number. Ranges are read off the counts:
+merged in pairs. So one pass over the images is enough, counts do not depend on the images' order, and memory not on
+their number. Ranges are read off the counts:
 
 - "minmax": everything seen. One outlier costs everyone else precision.
 - "moving-average": the mean over batches of each batch's extremes (Jacob et al., CVPR 2018, section 3.1).
@@ -15,7 +15,7 @@ number. Ranges are read off the counts:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Literal, get_args
 
 import numpy as np
@@ -130,7 +130,9 @@ class Watch:
         }
 
 
-def drift(before: Mapping[str, tuple[float, float]], after: Mapping[str, tuple[float, float]]) -> tuple[float, str]:
+def drift(
+    before: Mapping[str, tuple[float, float]], after: Mapping[str, tuple[float, float]]
+) -> tuple[float, str]:
     """The largest change of an end of a range, relative to the range's width, and the tensor it happened to."""
     worst, where = 0.0, ""
     for name, (low, high) in after.items():
@@ -221,7 +223,8 @@ def _error(values: np.ndarray, counts: np.ndarray, grid: Grid, low: float, high:
 
 
 def _least_divergence(histogram: Histogram, grid: Grid) -> tuple[float, float]:
-    """Of the ranges that keep the centre of the counts, the one whose coarse histogram says the most of the fine one."""
+    """Of the ranges that keep the centre of the counts, the one whose coarse histogram says the most of the fine
+    one."""
     levels = grid.high - grid.low + 1
     low, high = min(histogram.low, 0.0), max(histogram.high, 0.0)
     best, found = np.inf, (low, high)
@@ -255,8 +258,11 @@ def _divergence(histogram: Histogram, low: float, high: float, levels: int) -> f
     return float((p[seen] * np.log(p[seen] / np.maximum(q[seen], 1e-12))).sum())
 
 
-def weight_range(weight: Tensor, axis: int, grid: Grid, method: Literal["minmax", "mse"] = "minmax") -> tuple[Tensor, Tensor]:
-    """(size,) minimum and maximum of each channel of `axis`; with "mse" shrunk to the least squared error of rounding."""
+def weight_range(
+    weight: Tensor, axis: int, grid: Grid, method: Literal["minmax", "mse"] = "minmax"
+) -> tuple[Tensor, Tensor]:
+    """(size,) minimum and maximum of each channel of `axis`; with "mse" shrunk to the least squared error of
+    rounding."""
     flat = weight.detach().movedim(axis, 0).flatten(1)
     reach = flat.abs().amax(1)
     if method == "minmax":

@@ -2,8 +2,9 @@
 
 Rounding to the nearest minimises the error of each weight; what matters is the error of the layer's output. Column by
 column, the error of the weights rounded so far is made up for by those still to be rounded (Frantar et al., "GPTQ",
-ICLR 2023; Hassibi & Stork's optimal brain surgeon), with the second moments of the layer's inputs on calibration images.
-The mean error that is left goes into the bias (Nagel et al., ICCV 2019). Nothing of it costs time when the network runs.
+ICLR 2023; Hassibi & Stork's optimal brain surgeon), with the second moments of the layer's inputs on calibration
+images. The mean error that is left goes into the bias (Nagel et al., ICCV 2019). Nothing of it costs time when the
+network runs.
 """
 
 from __future__ import annotations
@@ -13,7 +14,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, fx
 
-from cveff.compress.quant.layers import Layer, find_layers, observe, shift_bias, weight_rounding
+from cveff.compress.quant.layers import (
+    Layer,
+    find_layers,
+    input_rounding,
+    observe,
+    parameter,
+    shift_bias,
+    weight_rounding,
+)
 
 MAX_INPUTS = 1280
 """Most inputs to an output for which errors are made up for; larger layers are rounded to the nearest."""
@@ -58,6 +67,21 @@ def round_weights(graph: fx.GraphModule, batches: Sequence[Tensor], *, seed: int
         layer.put(graph, rounded)
         error = ((rounded - weight) @ (totals[layer.name] / count)[:, :, None]).reshape(-1)
         shift_bias(graph, layer, -error)
+
+
+@torch.no_grad()
+def round_biases(graph: fx.GraphModule) -> None:
+    """Put every bias on the grid of its layer's sums, the product of the steps of input and weight, in place.
+
+    Engines keep biases as 32-bit integers of that grid; so the file's are the simulated ones.
+    """
+    for layer in find_layers(graph):
+        of_weight, of_input = weight_rounding(graph, layer), input_rounding(graph, layer)
+        if of_weight is None or of_input is None or not layer.bias or of_weight.grid.float8:
+            continue
+        bias = parameter(graph, layer.bias)
+        step = of_input.scale.double() * of_weight.scale.double()
+        bias.copy_(((bias.double() / step).round() * step).to(bias.dtype))
 
 
 def compensated(weight: Tensor, scale: Tensor, moments: Tensor, limits: tuple[int, int]) -> Tensor:

@@ -1,24 +1,21 @@
 """Where integer kernels without VNNI give other answers than the file says, predicted from calibration images.
 
-x86 before VNNI multiplies unsigned activations by signed weights with `vpmaddubsw`: products of two neighbouring inputs are
-added in 16 bits and clipped to [-32768, 32767]. Two large products of one sign are enough (255 · 127 · 2 = 64770). ONNX Runtime
-packs a convolution's inputs with channels fastest, then columns and rows of the kernel, and a linear layer's in order; so
-neighbours are known, and what clipping does to every output channel can be computed exactly from sampled inputs.
-Depthwise convolutions have another kernel, which does not clip.
+x86 before VNNI multiplies unsigned activations by signed weights with `vpmaddubsw`: products of two neighbouring
+inputs are added in 16 bits and clipped to [-32768, 32767]. Two large products of one sign are enough (255 · 127 · 2 =
+64770). ONNX Runtime packs a convolution's inputs with channels fastest, then columns and rows of the kernel, and a
+linear layer's in order; so neighbours are known, and what clipping does to every output channel can be computed
+exactly from sampled inputs. Depthwise convolutions have another kernel, which does not clip.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from cveff.compress.quant.fake_quant import FakeQuantize
-from cveff.compress.quant.placement import pads_zeros
-from cveff.compress.quant.layers import Layer, find_layers, observe, weight_rounding
+from cveff.compress.quant.layers import Layer, find_layers, input_rounding, observe, weight_rounding
 from cveff.runtime.machine import isa
 
 LIMIT = 32767
@@ -40,7 +37,8 @@ class Saturation:
         noise: (outputs,) mean energy of the error that clipping adds, in steps of the integer sums.
         rounding: (outputs,) the same of rounding the weights: what clipping is to be compared with.
         signal: (outputs,) mean energy of the sums themselves.
-        excess: (outputs,) how many times too large the largest pair could be, from the largest input seen at each place.
+        excess: (outputs,) how many times too large the largest pair could be, from the largest input seen at each
+        place.
     """
 
     layer: str
@@ -83,7 +81,7 @@ def predict_saturation(
     samples: dict[str, int] = {}
 
     def look(layer: Layer, x: Tensor, _: Tensor) -> None:
-        rounding = _of_input(graph, layer)
+        rounding = input_rounding(graph, layer)
         if rounding is None or rounding.grid.signed:
             return
         rows = _in_order(layer, rounding.integers(layer.rows(x, generator)))
@@ -105,7 +103,9 @@ def predict_saturation(
 
     observe(graph, layers, batches, look)
     return {
-        layer.name: _saturation(layer.name, sums[layer.name], peaks[layer.name], _integers(graph, layer), samples[layer.name])
+        layer.name: _saturation(
+            layer.name, sums[layer.name], peaks[layer.name], _integers(graph, layer), samples[layer.name]
+        )
         for layer in layers
         if layer.name in sums and bool((sums[layer.name]["pairs"] > 0).any())
     }
@@ -179,14 +179,20 @@ def _clip(rows: Tensor, whole: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     up, down = _pairs(whole)
     counts = torch.zeros(whole.shape[0], whole.shape[1], dtype=torch.float64)
     peak = [part.amax(1, keepdim=True) for part in (first, second)]
-    possible = torch.maximum(
-        peak[0] * up.clamp(min=0) + peak[1] * down.clamp(min=0),
-        peak[0] * (-up).clamp(min=0) + peak[1] * (-down).clamp(min=0),
-    ) > LIMIT
+    possible = (
+        torch.maximum(
+            peak[0] * up.clamp(min=0) + peak[1] * down.clamp(min=0),
+            peak[0] * (-up).clamp(min=0) + peak[1] * (-down).clamp(min=0),
+        )
+        > LIMIT
+    )
     # One output at a time, and of it the pairs that can clip: all at once would not fit in memory.
     for group, output in possible.any(2).nonzero().tolist():
         chosen = possible[group, output]
-        pair = first[group][:, chosen] * up[group, output, chosen] + second[group][:, chosen] * down[group, output, chosen]
+        pair = (
+            first[group][:, chosen] * up[group, output, chosen]
+            + second[group][:, chosen] * down[group, output, chosen]
+        )
         over = pair.clamp(-LIMIT - 1, LIMIT) - pair
         wrong[group, output] = over.sum(1)
         counts[group, output] = (over != 0).sum()
@@ -203,13 +209,3 @@ def _in_order(layer: Layer, rows: Tensor) -> Tensor:
 
 def _is_depthwise(graph: fx.GraphModule, layer: Layer) -> bool:
     return layer.groups > 1 and layer.matrix(graph).shape[1] == 1
-
-
-def _of_input(graph: fx.GraphModule, layer: Layer) -> FakeQuantize | None:
-    node: Any = layer.node.args[0]
-    while isinstance(node, fx.Node) and pads_zeros(node):
-        node = node.args[0]
-    if isinstance(node, fx.Node) and node.op == "call_module":
-        found = graph.get_submodule(str(node.target))
-        return found if isinstance(found, FakeQuantize) else None
-    return None

@@ -21,7 +21,14 @@ def images(count: int = 4) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     "architecture",
-    ["resnet18", "mobilenetv2_050", "efficientnet_lite0", "mobilenetv3_small_050", "vit_tiny_patch16_224", "regnety_002"],
+    [
+        "resnet18",
+        "mobilenetv2_050",
+        "efficientnet_lite0",
+        "mobilenetv3_small_050",
+        "vit_tiny_patch16_224",
+        "regnety_002",
+    ],
 )
 def test_the_network_stays_as_it_is(architecture: str) -> None:
     torch.manual_seed(0)
@@ -76,7 +83,10 @@ def test_groups_are_what_can_be_rescaled() -> None:
     torch.manual_seed(0)
     groups = channel_groups(capture(_Net().eval(), SPEC))
     layers = [
-        (sorted(path for path in group.divided if path.endswith("weight")), [layer.weight for layer in group.readers])
+        (
+            sorted(path for path in group.divided if path.endswith("weight")),
+            [layer.weight for layer in group.readers],
+        )
         for group in groups
     ]
     assert (["b.weight", "stem.weight"], ["a.weight", "gate.weight", "wide.weight"]) in [

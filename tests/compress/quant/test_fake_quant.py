@@ -32,7 +32,11 @@ def onnx_round(x: np.ndarray, scale: float, zero: int, kind: int) -> np.ndarray:
 
 @settings(deadline=None, max_examples=40)
 @given(
-    low=st.floats(-10, 0), high=st.floats(0, 10), signed=st.booleans(), seed=st.integers(0, 2**16), ties=st.booleans()
+    low=st.floats(-10, 0),
+    high=st.floats(0, 10),
+    signed=st.booleans(),
+    seed=st.integers(0, 2**16),
+    ties=st.booleans(),
 )
 def test_rounds_exactly_as_onnx_does(low: float, high: float, signed: bool, seed: int, ties: bool) -> None:
     rounding = FakeQuantize(Grid(signed=signed))
@@ -72,7 +76,11 @@ def test_rounding_twice_changes_nothing() -> None:
 
 @pytest.mark.parametrize(
     ("minimum", "maximum", "message"),
-    [(float("nan"), 1.0, "NaN or infinite"), (0.0, float("inf"), "NaN or infinite"), (1.0, -1.0, "above its maximum")],
+    [
+        (float("nan"), 1.0, "NaN or infinite"),
+        (0.0, float("inf"), "NaN or infinite"),
+        (1.0, -1.0, "above its maximum"),
+    ],
 )
 def test_ranges_that_are_none_are_refused(minimum: float, maximum: float, message: str) -> None:
     with pytest.raises(StepError, match=message):

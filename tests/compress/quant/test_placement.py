@@ -41,7 +41,9 @@ class Attention(nn.Module):
         return self.head(x.mean(1))
 
 
-def tensors(module: nn.Module, scheme: str = "cpu", exclude: tuple[str, ...] = ()) -> dict[str, tuple[str, ...]]:
+def tensors(
+    module: nn.Module, scheme: str = "cpu", exclude: tuple[str, ...] = ()
+) -> dict[str, tuple[str, ...]]:
     found = place(capture(module.eval(), SPEC), scheme, exclude)  # type: ignore[arg-type]
     return {site.tensor: site.readers for site in found.sites}
 
@@ -73,7 +75,9 @@ def test_tensorrt_rounds_products_and_one_branch_of_an_addition() -> None:
     assert any(":softmax:" in name for name in found)
     found = tensors(Residual(), "tensorrt")
     assert ":relu:0" in found and "body:conv2d:0" not in found, "the addition is fused into the convolution"
-    assert all(site.signed and site.symmetric for site in place(capture(Residual().eval(), SPEC), "tensorrt").sites)
+    assert all(
+        site.signed and site.symmetric for site in place(capture(Residual().eval(), SPEC), "tensorrt").sites
+    )
 
 
 def test_what_is_excluded_stays_in_floats() -> None:

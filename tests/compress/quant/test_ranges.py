@@ -27,9 +27,13 @@ def test_counts_do_not_depend_on_the_order_of_batches() -> None:
     batches = [torch.randn(1000, generator=generator) * scale for scale in (0.01, 1.0, 30.0)]
     first, second = histogram(*batches), histogram(*batches[::-1])
     assert first.width == second.width
-    assert (first.low, first.high) == (second.low, second.high) == (
-        float(torch.cat(batches).min()),
-        float(torch.cat(batches).max()),
+    assert (
+        (first.low, first.high)
+        == (second.low, second.high)
+        == (
+            float(torch.cat(batches).min()),
+            float(torch.cat(batches).max()),
+        )
     )
     assert np.array_equal(first.counts, second.counts)
     assert first.counts.sum() == 3000

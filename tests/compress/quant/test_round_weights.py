@@ -74,7 +74,12 @@ def test_zeros_stay_and_blocks_change_nothing() -> None:
 def test_the_mean_of_every_layer_is_kept() -> None:
     torch.manual_seed(0)
     module = nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=2, bias=False), nn.ReLU(), nn.Flatten(), nn.Linear(128, 4)
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, groups=2, bias=False),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(128, 4),
     )
     images = torch.randn(32, 3, 6, 6) + 1
     exact = capture(module.eval(), SPEC)
@@ -97,4 +102,6 @@ def test_the_mean_of_every_layer_is_kept() -> None:
     for layer in find_layers(graph):
         rounding = roundings.weights[layer.name]
         weight = layer.matrix(graph).flatten(0, 1).float()
-        assert torch.allclose(rounding(weight.reshape(len(weight), -1)), weight, atol=1e-6), "weights are on their grid"
+        assert torch.allclose(rounding(weight.reshape(len(weight), -1)), weight, atol=1e-6), (
+            "weights are on their grid"
+        )

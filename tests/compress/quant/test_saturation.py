@@ -25,7 +25,9 @@ def test_clipping_pair_by_pair() -> None:
     for group in range(2):
         for output in range(3):
             for sample in range(5):
-                products = [float(a * b) for a, b in zip(rows[group, sample], whole[group, output], strict=True)]
+                products = [
+                    float(a * b) for a, b in zip(rows[group, sample], whole[group, output], strict=True)
+                ]
                 pairs = [sum(products[index : index + 2]) for index in range(0, 7, 2)]
                 clipped = [min(max(pair, -LIMIT - 1), LIMIT) for pair in pairs]
                 assert exact[group, output, sample] == sum(products)
@@ -61,7 +63,9 @@ def rounded(module: nn.Module, images: torch.Tensor) -> tuple[torch.fx.GraphModu
 def network(scale: float) -> nn.Module:
     """Two convolutions; the second's inputs are all positive and its first output channel has large weights only."""
     torch.manual_seed(0)
-    module = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 4, 3, padding=1), nn.Flatten(), nn.Linear(144, 2))
+    module = nn.Sequential(
+        nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 4, 3, padding=1), nn.Flatten(), nn.Linear(144, 2)
+    )
     with torch.no_grad():
         module[0].bias.fill_(3.0)
         module[2].weight[0] = scale * module[2].weight[0].sign().abs() + (1 - scale) * module[2].weight[0]

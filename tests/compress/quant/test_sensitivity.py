@@ -20,7 +20,12 @@ SPEC = InputSpec((8, 8), 3, (0.5,) * 3, (0.5,) * 3)
 def test_prices_are_the_divergences_of_single_roundings() -> None:
     torch.manual_seed(0)
     module = nn.Sequential(
-        nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5)
+        nn.Conv2d(3, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(16, 16, 3, stride=2),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(144, 5),
     )
     with torch.no_grad():
         module[5].weight.mul_(6)
