@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from cveff.errors import EngineError, ExportError
+from cveff.export import matmul_nbits
 from cveff.export.metadata import write_metadata
 from cveff.export.normalize import deployable
 from cveff.export.qdq import finish, has_rounding, translations
@@ -159,7 +160,7 @@ def _trace(network: nn.Module, model: Model, opset: int) -> onnx.ModelProto:
                 output_names=["logits"],
                 dynamic_shapes=dynamic,
                 opset_version=opset,
-                custom_translation_table=translations(),
+                custom_translation_table=translations() | matmul_nbits.translations(),
                 verbose=False,
             )
     except Exception as error:

@@ -93,29 +93,28 @@ def round_compensated(
     order = torch.cat([groups[place] for place in places])
     factor = _inverse_factor(moments.double()[order][:, order], damping)
 
-    remaining = values[:, order].clone()
+    remaining = values.T[order].contiguous()  # (inputs, outputs): what is updated together lies together
     is_zero = remaining == 0  # a sparse weight's zeros are not for making up: they stay
     integers = torch.empty_like(remaining)
-    scales, zeros = (values.new_empty(len(values), len(groups)) for _ in range(2))
+    scales, zeros = (values.new_empty(len(groups), len(values)) for _ in range(2))
     start = 0
     for place in places:
         stop = start + len(groups[place])
-        pivots = factor.diagonal()[start:stop]
-        scale, zero = find_scale(remaining[:, start:stop], grid, pivots.pow(-2), search=search)
-        scales[:, place : place + 1], zeros[:, place : place + 1] = scale, zero
-        errors = remaining.new_empty(len(values), stop - start)
-        for column in range(start, stop):
-            value = remaining[:, column : column + 1]
-            whole = _integers(value, scale, zero, grid)
-            whole = torch.where(is_zero[:, column : column + 1], zero, whole)
-            integers[:, column : column + 1] = whole
-            error = (value - (whole - zero) * scale) / factor[column, column]
-            errors[:, column - start : column - start + 1] = error
-            remaining[:, column:stop] -= error * factor[column, column:stop]
-        # The columns after the group are brought up to date at once, by one matrix product.
-        remaining[:, stop:] -= errors @ factor[start:stop, stop:]
+        importance = factor.diagonal()[start:stop].pow(-2)
+        found = find_scale(remaining[start:stop].T.contiguous(), grid, importance, search=search)
+        scale, zero = (part[:, 0] for part in found)
+        scales[place], zeros[place] = scale, zero
+        errors = remaining.new_empty(stop - start, len(values))
+        for row in range(start, stop):
+            whole = torch.where(is_zero[row], zero, _integers(remaining[row], scale, zero, grid))
+            integers[row] = whole
+            error = (remaining[row] - (whole - zero) * scale) / factor[row, row]
+            errors[row - start] = error
+            remaining[row:stop] -= factor[row, row:stop, None] * error
+        # The inputs after the group are brought up to date at once, by one matrix product.
+        remaining[stop:] -= factor[start:stop, stop:].T @ errors
         start = stop
-    return Rounded(integers[:, order.argsort()], scales, zeros)
+    return Rounded(integers[order.argsort()].T, scales.T, zeros.T)
 
 
 def output_error(weight: Tensor, rounded: Tensor, moments: Tensor) -> float:

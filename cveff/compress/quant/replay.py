@@ -66,8 +66,7 @@ class Replay:
     def inputs(self, stage: Sequence[str], take: Callable[[str, Tensor], None]) -> None:
         """Call `take(path, x)` for what each layer of `stage` is called with, batch by batch."""
         ready = [path for path in self._once if self._done.issuperset(self._layers[path])]
-        ready = [path for path in ready if not any(path.startswith(f"{other}.") for other in ready)]
-        found: dict[str, list[Any]] = {path: [] for path in ready if path not in self._kept}
+        found: dict[str, list[Any]] = {path: [] for path in _outermost(ready) if path not in self._kept}
         for index, batch in enumerate(self._batches):
             left = sum(self._calls[path] for path in stage)
 
@@ -87,7 +86,7 @@ class Replay:
 
                 return hook
 
-            with self._returning(ready, index):
+            with self._returning(index):
                 try:
                     self._run(batch, {path: look(path) for path in stage}, {path: keep(path) for path in found})
                 except _Seen:
@@ -144,9 +143,9 @@ class Replay:
                 handle.remove()
 
     @contextmanager
-    def _returning(self, ready: Sequence[str], index: int) -> Iterator[None]:
+    def _returning(self, index: int) -> Iterator[None]:
         """Modules return what they are known to return for batch `index`."""
-        parts = {path: self._module.get_submodule(path) for path in ready if path in self._kept}
+        parts = {path: self._module.get_submodule(path) for path in self._kept}
         own = {path: part.__dict__.get("forward") for path, part in parts.items()}
         for path, part in parts.items():
             # A copy, or code that works in place would change what the next pass gets.
@@ -177,6 +176,10 @@ def call(module: nn.Module, batch: Batch) -> Any:
     if isinstance(batch, Mapping):
         return module(**batch)
     return module(batch) if isinstance(batch, Tensor) else module(*batch)
+
+
+def _outermost(paths: Sequence[str]) -> list[str]:
+    return [path for path in paths if not any(path.startswith(f"{other}.") for other in paths)]
 
 
 class _Seen(Exception):  # noqa: N818
