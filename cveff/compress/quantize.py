@@ -15,12 +15,14 @@ from cveff.compress.quant.network import QuantizedGraph, Roundings, insert, is_q
 from cveff.compress.quant.placement import Placement, Scheme, place
 from cveff.compress.quant.ranges import Method, Watch, find_range, weight_range
 from cveff.compress.quant.round_weights import round_weights
+from cveff.compress.quant.weight_only import WeightOnly, is_packed
+from cveff.compress.quant.weight_step import WEIGHT_BITS, round_model_weights
 from cveff.compress.samples import samples
 from cveff.errors import StepError
 from cveff.model import Model, with_module
 from cveff.steps import Run
 
-Precision = Literal["int8"]
+Precision = Literal["int8", "int8-weights", "int4-weights"]
 WeightRounding = Literal["nearest", "compensated"]
 
 
@@ -31,13 +33,16 @@ class Quantize:
     The model that comes out computes in PyTorch what its exported file says: rounding included.
 
     Attributes:
-        precision: "int8": weights and activations.
+        precision: "int8": weights and activations; "int8-weights", "int4-weights": weights of large linear layers alone
+            (`cveff.compress.quant.weight_only`), which ignores `scheme`, `method` and `weight_method`.
         scheme: where and how tensors are rounded (`cveff.compress.quant.placement`).
         method: how ranges of activations are found.
         weight_method: how those of weights are: "minmax", or "mse" for the least error.
         weights: "nearest", or "compensated": errors of a layer's weights make up for each other (GPTQ).
         images: most calibration images.
-        exclude: operators that stay in floats, by the names in the report.
+        exclude: operators that stay in floats, by the names in the report; of weights alone: paths of layers or modules.
+        group_size: of weights alone: inputs that share a scale, 32, 64 or 128.
+        symmetric: of weights alone: no zero points.
 
     Raises:
         StepError: at construction, for a value out of range.
@@ -50,6 +55,8 @@ class Quantize:
     weights: WeightRounding = "compensated"
     images: int = 256
     exclude: tuple[str, ...] = ()
+    group_size: int = 64
+    symmetric: bool = False
 
     kind: ClassVar[str] = "quantize"
     requires: ClassVar[tuple[str, ...]] = ("data",)
@@ -67,6 +74,13 @@ class Quantize:
                 )
         if self.images < 1:
             raise StepError(f"quantize.images is {self.images}; give 1 or more")
+        _ = self.weights_alone
+
+    @property
+    def weights_alone(self) -> WeightOnly:
+        """The settings of "int8-weights" and "int4-weights"."""
+        bits = WEIGHT_BITS.get(self.precision, 8)
+        return WeightOnly(bits, self.group_size, self.symmetric, self.weights, self.exclude)
 
     def __call__(self, model: Model, run: Run) -> Model:
         """Merge branches, fold batch norms, place the roundings, find their steps and round the weights.
@@ -74,7 +88,9 @@ class Quantize:
         Raises:
             StepError: the model is quantized already, cannot be captured, or overflows on the calibration images.
         """
-        if is_quantized(model.module):
+        if self.precision in WEIGHT_BITS:
+            return round_model_weights(model, run, self.weights_alone, self.images)
+        if is_quantized(model.module) or is_packed(model.module):
             raise StepError(f"{model.spec.architecture} is quantized already; start from the float model")
         assert run.data is not None and run.data.train is not None
         batches = [
