@@ -1,7 +1,8 @@
 """Layers of packed integers in an exported graph: `MatMulNBits` of the domain com.microsoft, whose layout they keep.
 
-ONNX Runtime multiplies with float32 unless `accuracy_level` says otherwise: 4 lets it round activations to 8 bits, in
-blocks as the weights are, which is faster where the CPU has integer dot products and is no longer what PyTorch computes.
+ONNX Runtime multiplies with float32 unless `accuracy_level` says otherwise: 4 lets it round activations to 8 bits,
+in blocks as the weights are, which is faster where the CPU has integer dot products and is no longer what PyTorch
+computes.
 
 https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.MatMulNBits
 """
@@ -81,7 +82,9 @@ def set_accuracy_level(proto: onnx.ModelProto, level: int) -> int:
         ExportError: another level, or a graph without such a node.
     """
     if level not in ACCURACY_LEVELS:
-        raise ExportError(f"accuracy level {level!r} is unknown; give one of {', '.join(map(str, ACCURACY_LEVELS))}")
+        raise ExportError(
+            f"accuracy level {level!r} is unknown; give one of {', '.join(map(str, ACCURACY_LEVELS))}"
+        )
     nodes = [node for node in proto.graph.node if node.op_type == "MatMulNBits" and node.domain == DOMAIN]
     if not nodes:
         raise ExportError("the graph has no MatMulNBits; quantize its weights first")

@@ -15,7 +15,8 @@ from cveff.compress.quant.network import QuantizedGraph, Roundings, insert, is_q
 from cveff.compress.quant.placement import Placement, Scheme, place
 from cveff.compress.quant.ranges import Method, Watch, find_range, weight_range
 from cveff.compress.quant.round_weights import round_weights
-from cveff.compress.quant.weight_only import WeightOnly, is_packed
+from cveff.compress.quant.weight_choice import is_packed
+from cveff.compress.quant.weight_only import WeightOnly
 from cveff.compress.quant.weight_step import WEIGHT_BITS, round_model_weights
 from cveff.compress.samples import samples
 from cveff.errors import StepError
@@ -40,7 +41,7 @@ class Quantize:
         weight_method: how those of weights are: "minmax", or "mse" for the least error.
         weights: "nearest", or "compensated": errors of a layer's weights make up for each other (GPTQ).
         images: most calibration images.
-        exclude: operators that stay in floats, by the names in the report; of weights alone: paths of layers or modules.
+        exclude: operators that stay in floats, by the names in the report; of weights alone: layers' or modules' paths.
         group_size: of weights alone: inputs that share a scale, 32, 64 or 128.
         symmetric: of weights alone: no zero points.
 
@@ -105,7 +106,12 @@ class Quantize:
         return with_module(model, graph, edit_of(model, placement))
 
     def calibrate(
-        self, graph: fx.GraphModule, placement: Placement, roundings: Roundings, batches: list[Tensor], run: Run
+        self,
+        graph: fx.GraphModule,
+        placement: Placement,
+        roundings: Roundings,
+        batches: list[Tensor],
+        run: Run,
     ) -> None:
         """Set every step from the images, then round the weights."""
         watch = Watch(graph, roundings.tensors)
@@ -138,4 +144,3 @@ def edit_of(model: Model, placement: Placement) -> QuantizedGraph:
 def _json(site: object) -> dict[str, object]:
     values = dataclasses.asdict(site)  # type: ignore[call-overload]
     return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
-

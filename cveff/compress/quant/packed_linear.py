@@ -41,7 +41,9 @@ class WeightGrid:
         if isinstance(self.bits, bool) or self.bits not in (4, 8):
             raise StepError(f"weights of {self.bits!r} bits cannot be packed; give 4 or 8")
         if isinstance(self.group_size, bool) or self.group_size not in GROUP_SIZES:
-            raise StepError(f"group size is {self.group_size!r}; give one of {', '.join(map(str, GROUP_SIZES))}")
+            raise StepError(
+                f"group size is {self.group_size!r}; give one of {', '.join(map(str, GROUP_SIZES))}"
+            )
         if not isinstance(self.symmetric, bool):
             raise StepError(f"symmetric is {self.symmetric!r}; give true or false")
 
@@ -73,6 +75,7 @@ class PackedLinear(nn.Module):
     packed: Tensor
     scales: Tensor
     zero_points: Tensor | None
+    bias: nn.Parameter | None
 
     def __init__(self, in_features: int, out_features: int, grid: WeightGrid, bias: bool = True) -> None:
         super().__init__()
@@ -116,7 +119,7 @@ class PackedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """(outputs, inputs) in the scales' dtype: what the integers stand for. Networks that read it compute rightly."""
+        """(outputs, inputs) in the scales' dtype: what the integers stand for, for networks that read it too."""
         scales, size = self.scales, self.grid.group_size
         whole = unpack(self.packed.flatten(1), self.grid.bits).reshape(*scales.shape, size)
         value = (whole.to(scales.dtype) - self.zeros().to(scales.dtype)[:, :, None]) * scales[:, :, None]

@@ -1,14 +1,14 @@
 """What reaches a network's layers while it is changed from front to back, without computing the front again and again.
 
 A module whose layers are all done returns, at every later pass, what it returned once: so the whole walk costs a few
-passes, whatever the network's depth. Which module feeds which is the network's own code's business; nothing is assumed of it
-but that modules called once a pass have no effect besides what they return.
+passes, whatever the network's depth. Which module feeds which stays the business of the network's own code; nothing is
+assumed of it but that modules called once a pass have no effect besides what they return.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -86,11 +86,9 @@ class Replay:
 
                 return hook
 
-            with self._returning(index):
-                try:
-                    self._run(batch, {path: look(path) for path in stage}, {path: keep(path) for path in found})
-                except _Seen:
-                    pass
+            before = {path: look(path) for path in stage}
+            with self._returning(index), suppress(_Seen):
+                self._run(batch, before, {path: keep(path) for path in found})
         for path, outputs in found.items():
             self._keep(path, outputs)
 
@@ -130,7 +128,10 @@ class Replay:
         self._once = [path for path in self._layers if times.get(path) == 1]
 
     def _run(
-        self, batch: Batch, before: Mapping[str, Callable[..., None]], after: Mapping[str, Callable[..., None]]
+        self,
+        batch: Batch,
+        before: Mapping[str, Callable[..., None]],
+        after: Mapping[str, Callable[..., None]],
     ) -> None:
         part = self._module.get_submodule
         handles = [part(path).register_forward_pre_hook(hook) for path, hook in before.items()]

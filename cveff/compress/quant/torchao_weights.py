@@ -1,7 +1,7 @@
 """Networks of packed integers as torchao's tensors: the same integers, scales and zero points in torchao's classes.
 
-torchao 0.18: `IntxUnpackedToInt8Tensor` holds a byte a weight, computes anywhere and can be exported; `Int4OpaqueTensor`
-holds half a byte and computes with PyTorch's int4 kernel on a CPU. Extra: torchao.
+torchao 0.18: `IntxUnpackedToInt8Tensor` holds a byte a weight, computes anywhere and can be exported;
+`Int4OpaqueTensor` holds half a byte and computes with PyTorch's int4 kernel on a CPU. Extra: torchao.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import nn
 
 from cveff.compress.low_rank_edit import replace
 from cveff.compress.quant.packed_linear import PackedLinear
-from cveff.compress.quant.weight_only import packed_layers
+from cveff.compress.quant.weight_choice import packed_layers
 from cveff.errors import MissingDependencyError, StepError
 
 Kernel = Literal["plain", "int4-cpu"]
@@ -46,7 +46,7 @@ def to_torchao(module: nn.Module, kernel: Kernel = "plain") -> nn.Module:
             linear = nn.Linear(layer.in_features, layer.out_features, bias=False)
         tensor = _plain(layer) if kernel == "plain" else _int4_cpu(layer)
         linear.weight = nn.Parameter(tensor, requires_grad=False)
-        linear.bias = layer.bias
+        linear.register_parameter("bias", layer.bias)
         replace(module, path, linear.train(layer.training))
     return module
 
@@ -93,7 +93,9 @@ def _int4_cpu(layer: PackedLinear) -> torch.Tensor:
     zeros = (layer.grid.middle - layer.zeros().float()) * layer.scales
     found: torch.Tensor = tensor(
         qdata=packed,
-        scale_and_zero=torch.stack([layer.scales, zeros], 2).transpose(0, 1).contiguous(),  # (groups, outputs, 2)
+        scale_and_zero=torch.stack([layer.scales, zeros], 2)
+        .transpose(0, 1)
+        .contiguous(),  # (groups, outputs, 2)
         block_size=[1, layer.grid.group_size],
         shape=torch.Size((layer.out_features, layer.in_features)),
     )
@@ -107,5 +109,5 @@ def _import(module: str, name: str) -> Any:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise MissingDependencyError(
-            f"torchao with {name} is needed ({error}): pip install 'cveff[torchao]'; its int4 tensor for CPUs is that of 0.18"
+            f"torchao with {name} is needed, such as 0.18 ({error}); pip install 'cveff[torchao]'"
         ) from error

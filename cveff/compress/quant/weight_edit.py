@@ -52,10 +52,14 @@ class QuantizeWeights:
             try:
                 layer = module.get_submodule(path)
             except AttributeError:
-                raise CheckpointError(f"the network has no layer {path!r} to quantize; the edit is another's") from None
+                raise CheckpointError(
+                    f"the network has no layer {path!r} to quantize; the edit is another's"
+                ) from None
             reason = not_packable(layer)
             if reason:
-                raise CheckpointError(f"layer {path!r} cannot be quantized, it {reason}; the edit is another's")
+                raise CheckpointError(
+                    f"layer {path!r} cannot be quantized, it {reason}; the edit is another's"
+                )
             assert isinstance(layer, nn.Linear)
             replace(module, path, packed_like(layer, WeightGrid(**choice)))
         return module

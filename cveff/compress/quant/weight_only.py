@@ -1,12 +1,12 @@
 """Weight-only quantization: large linear layers keep 4 or 8 bits a weight; activations stay floats.
 
-For networks that wait for their weights rather than compute (one image or token at a time), or that must be small. Works
-on any `nn.Module`: the calibration data is whatever the network is called with.
+For networks that wait for their weights rather than compute (one image or token at a time), or that must be small.
+Works on any `nn.Module`: the calibration data is whatever the network is called with.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
@@ -14,18 +14,21 @@ import torch
 from torch import Tensor, nn
 
 from cveff.compress.low_rank_edit import replace
-from cveff.compress.quant.fake_quant import FakeQuantize
-from cveff.compress.quant.group_rounding import DAMPING, Rounded, output_error, round_compensated, round_nearest
+from cveff.compress.quant.group_rounding import (
+    DAMPING,
+    Rounded,
+    output_error,
+    round_compensated,
+    round_nearest,
+)
 from cveff.compress.quant.packed_linear import PackedLinear, WeightGrid
 from cveff.compress.quant.replay import MEMORY, Batch, Replay
-from cveff.compress.quant.weight_edit import QuantizeWeights, not_packable, packed_like
+from cveff.compress.quant.weight_choice import MIN_WEIGHTS, choose, nothing
+from cveff.compress.quant.weight_edit import QuantizeWeights, packed_like
 from cveff.errors import StepError
 from cveff.progress import Progress, Silent
 
 WeightMethod = Literal["nearest", "compensated"]
-
-MIN_WEIGHTS = 128 * 128
-"""Layers with fewer weights are left alone: they are a small part of any file and of any time."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +36,8 @@ class WeightOnly:
     """How weights are rounded, and which.
 
     Every plain `nn.Linear` with at least `min_weights` weights is rounded, except: the output head (what the network's
-    `get_classifier()` or `get_output_embeddings()` names; without these, the last linear layer), layers that share their
-    weight with another (tied embeddings), and `exclude`. Embeddings and convolutions stay as they are.
+    `get_output_embeddings()` or `get_classifier()` names; without these, the last linear layer), layers that share
+    their weight with another (tied embeddings), and `exclude`. Embeddings and convolutions stay as they are.
 
     Attributes:
         bits: 4 or 8.
@@ -117,7 +120,7 @@ def quantize_weights(
         StepError: the network is quantized already, has no layer to round, or a weight or what reaches a layer is not
             finite (the layer is named); `exclude` names no module; "compensated" without batches.
     """
-    chosen, skipped = choose(module, settings)
+    chosen, skipped = choose(module, exclude=settings.exclude, min_weights=settings.min_weights)
     given = list(batches) if batches is not None else []
     if settings.weights == "compensated" and not given:
         raise StepError(
@@ -129,7 +132,9 @@ def quantize_weights(
     replay = Replay(module, given, chosen, memory=memory) if given else None
     stages = replay.stages if replay else [(path,) for path in chosen]
     for path in replay.unused if replay else []:
-        skipped[path] = "is never called on the calibration data: the network reads its weight, or does not use it"
+        skipped[path] = (
+            "is never called on the calibration data: the network reads its weight, or does not use it"
+        )
     for stage in progress.track(stages, "rounding weights", len(stages)):
         moments = _moments(replay, stage) if replay else {}
         for path in stage:
@@ -142,65 +147,11 @@ def quantize_weights(
         if replay:
             replay.done(stage)
     if not errors:
-        raise StepError(_nothing(skipped))
+        raise StepError(nothing(skipped))
     fields = asdict(settings.grid)
     return WeightsRounded(
         QuantizeWeights({path: dict(fields) for path in errors}), errors, skipped, before, after
     )
-
-
-def choose(module: nn.Module, settings: WeightOnly) -> tuple[list[str], dict[str, str]]:
-    """Layers to round, by the rule that `WeightOnly` states, and why the other linear layers are left alone.
-
-    Raises:
-        StepError: the network is quantized already, nothing is left to round, or `exclude` names no module.
-    """
-    if is_packed(module) or any(isinstance(part, FakeQuantize) for part in module.modules()):
-        raise StepError(f"{type(module).__name__} is quantized already; start from the float network")
-    parts = dict(module.named_modules(remove_duplicate=False))
-    if unknown := [path for path in settings.exclude if path not in parts]:
-        raise StepError(f"exclude names {', '.join(map(repr, unknown))}, which the network does not have")
-    shared: dict[int, list[str]] = {}
-    for path, part in parts.items():
-        weight = part._parameters.get("weight")
-        if weight is not None:
-            shared.setdefault(id(weight), []).append(path)
-    heads = _heads(module)
-    chosen, skipped = [], {}
-    for path, part in parts.items():
-        if not isinstance(part, nn.Linear):
-            continue
-        others = [other for other in shared.get(id(part._parameters.get("weight")), []) if other != path]
-        reason = not_packable(part)
-        if not path:
-            reason = "is the whole network"
-        elif any(path == name or path.startswith(f"{name}.") for name in settings.exclude):
-            reason = "is excluded"
-        elif part in heads:
-            reason = "is the output head"
-        elif not reason and others:
-            reason = f"shares its weight with {others[0]}"
-        elif not reason and part.weight.numel() < settings.min_weights:
-            reason = f"has {part.weight.numel()} weights, fewer than {settings.min_weights}"
-        if reason:
-            skipped[path] = reason
-        else:
-            chosen.append(path)
-    if not chosen:
-        raise StepError(_nothing(skipped))
-    return chosen, skipped
-
-
-def packed_layers(module: nn.Module) -> Iterator[tuple[str, PackedLinear]]:
-    """Path and layer of everything that keeps its weight as integers."""
-    for path, part in module.named_modules():
-        if isinstance(part, PackedLinear):
-            yield path, part
-
-
-def is_packed(module: nn.Module) -> bool:
-    """Whether some layer keeps its weight as integers already."""
-    return next(packed_layers(module), None) is not None
 
 
 def _moments(replay: Replay, stage: tuple[str, ...]) -> dict[str, Tensor]:
@@ -255,20 +206,3 @@ def _round(weight: Tensor, settings: WeightOnly, moments: Tensor | None) -> Roun
         ordered=settings.ordered,
         search=settings.search,
     )
-
-
-def _heads(module: nn.Module) -> list[nn.Module]:
-    for name in ("get_output_embeddings", "get_classifier"):
-        ask: Callable[[], Any] | None = getattr(module, name, None)
-        if callable(ask):
-            found = ask()
-            parts = found if isinstance(found, (tuple, list)) else [found]
-            return [part for part in parts if isinstance(part, nn.Module)]
-    return [part for part in module.modules() if isinstance(part, nn.Linear)][-1:]
-
-
-def _nothing(skipped: dict[str, str]) -> str:
-    if not skipped:
-        return "the network has no linear layer to quantize"
-    some = "; ".join(f"{path} {reason}" for path, reason in list(skipped.items())[:3])
-    return f"none of the {len(skipped)} linear layers can be quantized: {some}"

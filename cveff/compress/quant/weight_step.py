@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from cveff.compress.quant.weight_only import WeightOnly, WeightsRounded, choose, quantize_weights
+from cveff.compress.quant.weight_choice import choose
+from cveff.compress.quant.weight_only import WeightOnly, WeightsRounded, quantize_weights
 from cveff.compress.samples import samples
 from cveff.errors import StepError
 from cveff.model import Model, with_module
@@ -21,7 +22,8 @@ def round_model_weights(model: Model, run: Run, settings: WeightOnly, images: in
     Raises:
         StepError: as `quantize_weights`; or "compensated" without data.
     """
-    choose(model.module, settings)  # what is wrong with the network is said before images are read
+    # What is wrong with the network is said before images are read.
+    choose(model.module, exclude=settings.exclude, min_weights=settings.min_weights)
     batches = None
     if settings.weights == "compensated":
         if run.data is None or run.data.train is None:

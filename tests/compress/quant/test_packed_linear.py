@@ -12,7 +12,9 @@ from cveff.compress.quant.group_rounding import round_nearest
 from cveff.compress.quant.packed_linear import PackedLinear, WeightGrid, pack, unpack
 from cveff.errors import CheckpointError, StepError
 
-GRIDS = [WeightGrid(bits, group, symmetric) for bits in (4, 8) for group in (32, 64) for symmetric in (True, False)]
+GRIDS = [
+    WeightGrid(bits, group, symmetric) for bits in (4, 8) for group in (32, 64) for symmetric in (True, False)
+]
 
 
 def filled(grid: WeightGrid, inputs: int = 80, outputs: int = 6) -> tuple[PackedLinear, Any]:
@@ -74,7 +76,9 @@ def test_the_operator_of_the_exporter_computes_the_same() -> None:
     arguments = (x, layer.packed, layer.scales, layer.zero_points, 80, 4, 32)
     y = torch.ops.cveff.matmul_nbits(*arguments)
     torch.testing.assert_close(y + layer.bias, layer(x))
-    torch.library.opcheck(torch.ops.cveff.matmul_nbits, arguments, test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(
+        torch.ops.cveff.matmul_nbits, arguments, test_utils=("test_schema", "test_faketensor")
+    )
 
 
 @pytest.mark.parametrize(

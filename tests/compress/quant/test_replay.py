@@ -53,7 +53,14 @@ def test_stages_follow_the_calls() -> None:
 
 def networks() -> dict[str, tuple[nn.Module, list]]:
     torch.manual_seed(0)
-    arguments = {"num_classes": 5, "img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}
+    arguments = {
+        "num_classes": 5,
+        "img_size": 32,
+        "patch_size": 8,
+        "embed_dim": 32,
+        "depth": 3,
+        "num_heads": 2,
+    }
     vit = timm.create_model("vit_tiny_patch16_224", **arguments)
     convnext = timm.create_model("convnext_tiny", depths=(1, 1, 2, 1), dims=(8, 16, 16, 16), num_classes=5)
     images = [torch.randn(2, 3, 32, 32) for _ in range(2)]
@@ -76,7 +83,9 @@ def test_the_front_is_computed_once_it_is_done_no_more() -> None:
     calls: dict[str, int] = {}
     for path, part in module.named_modules():
         if path.startswith("blocks.") and path.count(".") == 1:
-            part.norm1.register_forward_hook(lambda *_, path=path: calls.update({path: calls.get(path, 0) + 1}))
+            part.norm1.register_forward_hook(
+                lambda *_, path=path: calls.update({path: calls.get(path, 0) + 1})
+            )
     walk(module, batches, MEMORY)
     # The survey; and for each batch one pass a stage of its own, and one that keeps what it returns.
     assert calls["blocks.0"] == 1 + len(batches) * (4 + 1)
