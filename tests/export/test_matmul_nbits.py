@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import onnxruntime
 import pytest
 import torch
-from onnx import numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
 import cveff
+from cveff.compress.quant.group_rounding import round_nearest
+from cveff.compress.quant.packed_linear import PackedLinear, WeightGrid
 from cveff.compress.quant.weight_choice import packed_layers
 from cveff.compress.quant.weight_only import WeightOnly, quantize_weights
 from cveff.errors import ExportError
@@ -31,6 +34,50 @@ def quantized(settings: WeightOnly, architecture: str = "vit_tiny_patch16_224", 
             if parameter.ndim == 1:
                 parameter.add_(0.1 * torch.randn_like(parameter))
     return with_module(model, model.module, quantize_weights(model.module, settings).edit)
+
+
+def run_node(layer: PackedLinear, x: torch.Tensor, level: int) -> torch.Tensor:
+    """One `MatMulNBits` made by hand from the layer's buffers."""
+    names = ["packed", "scales"] + ([] if layer.zero_points is None else ["zero_points"])
+    node = helper.make_node(
+        "MatMulNBits",
+        ["x", *names],
+        ["y"],
+        domain="com.microsoft",
+        K=layer.in_features,
+        N=layer.out_features,
+        bits=layer.grid.bits,
+        block_size=layer.grid.group_size,
+        accuracy_level=level,
+    )
+    graph = helper.make_graph(
+        [node],
+        "node",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, list(x.shape))],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(getattr(layer, name).numpy(), name) for name in names],
+    )
+    imports = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
+    proto = helper.make_model(graph, opset_imports=imports, ir_version=9)
+    session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize("inputs", [20, 96, 130, 256])
+def test_the_layout_is_onnx_runtimes(inputs: int, group_size: int, bits: int, symmetric: bool) -> None:
+    """Short groups, an odd number of them, and both of the engine's ways: one row, and many."""
+    torch.manual_seed(0)
+    grid = WeightGrid(bits, group_size, symmetric)
+    rounded = round_nearest(torch.randn(33, inputs) + 0.3, grid)
+    layer = PackedLinear(inputs, 33, grid, bias=False)
+    layer.put(rounded.integers, rounded.scales, rounded.zero_points)
+    for rows in (1, 3, 70):
+        x = torch.randn(rows, inputs)
+        for level in (0, 1):
+            torch.testing.assert_close(run_node(layer, x, level), layer(x), rtol=1e-5, atol=1e-4)
 
 
 def nodes(proto: onnx.ModelProto) -> list[onnx.NodeProto]:
