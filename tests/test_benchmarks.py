@@ -246,13 +246,13 @@ def test_errors_are_relative_to_what_differs_between_images(benchmark_module) ->
 
 def test_weight_only_passes_only_with_every_bar(benchmark_module) -> None:
     subject = benchmark_module("weight_only")
-    near = {name: {"perplexity_ratio": 1.3} for name in subject.NEAREST}
+    near = {subject.NEAREST: {"perplexity_ratio": 1.3}}
     ours = {"perplexity_ratio": 1.15, "size_ratio": 0.35}
     assert subject.summary({**near, subject.BARRED: ours})["passes"] is True
     for change in ({"perplexity_ratio": 1.16}, {"size_ratio": 0.36}):
         assert subject.summary({**near, subject.BARRED: {**ours, **change}})["passes"] is False
-    better = {subject.NEAREST[1]: {"perplexity_ratio": 1.14}}
-    assert subject.summary({**near, **better, subject.BARRED: ours})["passes"] is False
+    better = {subject.NEAREST: {"perplexity_ratio": 1.14}}
+    assert subject.summary({**better, subject.BARRED: ours})["passes"] is False
     assert subject.summary({subject.BARRED: ours}) == {}
 
 
