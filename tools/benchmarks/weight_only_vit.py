@@ -38,7 +38,7 @@ def random_rows(data: Data, threads: int) -> dict[str, Any]:
     model = cveff.create(LARGE, num_classes=1000)
     names = [name for name, step in ROWS.items() if step is None or step.weights == "nearest"]
     rows, _ = _rows(model, names, data, None, threads)
-    return {"architecture": LARGE, "weights": "random", "rows": rows}
+    return {"architecture": LARGE, "weights": "random weights", "rows": rows}
 
 
 def trained_rows(data: Data, folder: Path, threads: int, epochs: int | None) -> dict[str, Any]:
