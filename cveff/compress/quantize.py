@@ -75,12 +75,13 @@ class Quantize:
                 )
         if self.images < 1:
             raise StepError(f"quantize.images is {self.images}; give 1 or more")
-        _ = self.weights_alone
+        if self.precision in WEIGHT_BITS:
+            _ = self.weights_alone
 
     @property
     def weights_alone(self) -> WeightOnly:
         """The settings of "int8-weights" and "int4-weights"."""
-        bits = WEIGHT_BITS.get(self.precision, 8)
+        bits = WEIGHT_BITS[self.precision]
         return WeightOnly(bits, self.group_size, self.symmetric, self.weights, self.exclude)
 
     def __call__(self, model: Model, run: Run) -> Model:
