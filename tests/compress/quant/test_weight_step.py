@@ -72,6 +72,3 @@ def test_nearest_looks_at_no_images() -> None:
 def test_settings_are_checked_at_construction() -> None:
     with pytest.raises(StepError, match="group size is 48"):
         Quantize(precision="int4-weights", group_size=48)
-    with pytest.raises(StepError, match="weights is 'learned'; give one of nearest, compensated"):
-        Quantize(precision="int4-weights", weights="learned")
-    Quantize(weights="learned")
