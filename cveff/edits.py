@@ -22,6 +22,7 @@ _HOME = {
     "prune_channels": "cveff.compress.prune_channels:PruneChannels",
     "half": "cveff.compress.quant.half:HalfGraph",
     "quantize": "cveff.compress.quant.network:QuantizedGraph",
+    "quantize_weights": "cveff.compress.quant.weight_edit:QuantizeWeights",
     "sparsity": "cveff.compress.sparsity:Sparsity",
 }
 

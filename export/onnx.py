@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from cveff.errors import EngineError, ExportError
+from cveff.export import matmul_nbits
 from cveff.export.bfloat16 import has_bfloat16, in_float32
 from cveff.export.layer_check import compare_layers
 from cveff.export.metadata import write_metadata
@@ -193,7 +194,7 @@ def _trace(network: nn.Module, model: Model, opset: int) -> onnx.ModelProto:
                 output_names=["logits"],
                 dynamic_shapes=dynamic,
                 opset_version=opset,
-                custom_translation_table=translations(),
+                custom_translation_table=translations() | matmul_nbits.translations(),
                 verbose=False,
             )
     except Exception as error:

@@ -6,10 +6,11 @@ import importlib
 import json
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 import cveff
 from cveff.export.quantize import quantize_onnx
@@ -35,6 +36,7 @@ SCRIPTS = (
     "latency_table",
     "trt_check",
     "half",
+    "weight_only",
 )
 HELPERS = (
     "choices_onnxruntime",
@@ -48,6 +50,7 @@ HELPERS = (
     "photos",
     "torch_pruning_peer",
     "trained",
+    "weight_only_vit",
     "workshop",
 )
 RESULTS = sorted((ROOT / "model_zoo" / "results").glob("*.json"))
@@ -241,3 +244,26 @@ def test_errors_are_relative_to_what_differs_between_images(benchmark_module) ->
     assert workshop.centred_cosine(expected, expected + shared) == pytest.approx(1)
     assert workshop.centred_cosine(-expected, expected) == pytest.approx(-1)
     assert workshop.variation_error(0.9 * expected + shared, expected + shared) == pytest.approx(0.1)
+
+
+def test_weight_only_passes_only_with_every_bar(benchmark_module) -> None:
+    subject = benchmark_module("weight_only")
+    near = {subject.NEAREST: {"perplexity_ratio": 1.3}}
+    ours = {"perplexity_ratio": 1.15, "size_ratio": 0.35}
+    assert subject.summary({**near, subject.BARRED: ours})["passes"] is True
+    for change in ({"perplexity_ratio": 1.16}, {"size_ratio": 0.36}):
+        assert subject.summary({**near, subject.BARRED: {**ours, **change}})["passes"] is False
+    better = {subject.NEAREST: {"perplexity_ratio": 1.14}}
+    assert subject.summary({**better, subject.BARRED: ours})["passes"] is False
+    assert subject.summary({subject.BARRED: ours}) == {}
+
+
+def test_perplexity_counts_every_token_but_a_windows_first(benchmark_module) -> None:
+    subject = benchmark_module("weight_only")
+
+    class Uniform(torch.nn.Module):
+        def forward(self, input_ids: torch.Tensor, use_cache: bool) -> SimpleNamespace:
+            return SimpleNamespace(logits=torch.zeros(*input_ids.shape, 7))
+
+    found = subject.perplexity(Uniform(), [torch.zeros(5, dtype=torch.long), torch.ones(3, dtype=torch.long)])
+    assert found == {"perplexity": pytest.approx(7), "tokens": 6}

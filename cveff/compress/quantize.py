@@ -14,12 +14,15 @@ from cveff.compress.quant.post_training import PostTraining, WeightRounding
 from cveff.compress.quant.ranges import Method
 from cveff.compress.quant.reduced import reduce_floats
 from cveff.compress.quant.saturation import saturates
+from cveff.compress.quant.weight_choice import is_packed
+from cveff.compress.quant.weight_only import WeightOnly
+from cveff.compress.quant.weight_step import WEIGHT_BITS, round_model_weights
 from cveff.compress.samples import samples
 from cveff.errors import StepError
 from cveff.model import Model, with_module
 from cveff.steps import Run
 
-Precision = Literal["int8", "fp16", "bf16", "fp8"]
+Precision = Literal["int8", "int8-weights", "int4-weights", "fp16", "bf16", "fp8"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,9 @@ class Quantize:
 
     Attributes:
         precision: "int8": weights and activations; "fp16", "bf16": all but what needs float32; "fp8": what "tensorrt"
-            scheme rounds. Of the other settings these three heed `images` and `exclude` alone.
+            scheme rounds. Of the other settings these three heed `images` and `exclude` alone. "int8-weights",
+            "int4-weights": weights of large linear layers alone (`cveff.compress.quant.weight_only`), by `weights`,
+            `images`, `exclude` and the last two settings.
         scheme: where and how tensors are rounded (`cveff.compress.quant.placement`).
         method: how ranges of activations are found; "auto" takes the one that changes the logits least.
         weight_method: how those of weights are: "minmax", or "mse" for the least error.
@@ -42,7 +47,9 @@ class Quantize:
         not;
             "auto" does if this is such a processor.
         images: most calibration images; fewer are used once ranges settle.
-        exclude: operators that stay in floats, by the names in the report.
+        exclude: operators that stay in floats, by the names in the report; of weights alone: layers' or modules' paths.
+        group_size: of weights alone: inputs that share a scale, 32, 64 or 128.
+        symmetric: of weights alone: no zero points.
 
     Raises:
         StepError: at construction, for a value out of range.
@@ -57,6 +64,8 @@ class Quantize:
     saturation: Literal["auto", "narrow", "ignore"] = "auto"
     images: int = 512
     exclude: tuple[str, ...] = ()
+    group_size: int = 64
+    symmetric: bool = False
 
     kind: ClassVar[str] = "quantize"
     requires: ClassVar[tuple[str, ...]] = ("data",)
@@ -77,6 +86,14 @@ class Quantize:
                 )
         if self.images < 1:
             raise StepError(f"quantize.images is {self.images}; give 1 or more")
+        if self.precision in WEIGHT_BITS:
+            _ = self.weights_alone  # checks them
+
+    @property
+    def weights_alone(self) -> WeightOnly:
+        """The settings of "int8-weights" and "int4-weights"."""
+        bits = WEIGHT_BITS[self.precision]
+        return WeightOnly(bits, self.group_size, self.symmetric, self.weights, self.exclude)  # type: ignore[arg-type]
 
     def __call__(self, model: Model, run: Run) -> Model:
         """Merge branches, fold batch norms, place the roundings, find their steps and round the weights.
@@ -84,12 +101,14 @@ class Quantize:
         Raises:
             StepError: the model is quantized already, cannot be captured, or overflows on the calibration images.
         """
-        if is_quantized(model.module) or is_cast(model.module):
+        if self.precision in WEIGHT_BITS:
+            return round_model_weights(model, run, self.weights_alone, self.images)
+        if is_quantized(model.module) or is_cast(model.module) or is_packed(model.module):
             raise StepError(f"{model.spec.architecture} is quantized already; start from the float model")
         if has_branches(model.module):
             model = Reparameterize()(model, run)
         images = self._images(model, run)
-        if self.precision != "int8":
+        if self.precision in ("fp16", "bf16", "fp8"):
             return reduce_floats(model, self.precision, images, self.exclude, run.progress)
         found = PostTraining(
             scheme=self.scheme,

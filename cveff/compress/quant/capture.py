@@ -153,7 +153,7 @@ def set_parameter(graph: fx.GraphModule, path: str, value: torch.Tensor) -> None
 
 def output_axis(node: fx.Node) -> int:
     """The axis of a weighted operator's weight that its output channels lie on."""
-    return _OUTPUT_AXIS.get(node.target, 0)
+    return _OUTPUT_AXIS.get(node.target, 0)  # type: ignore[call-overload, no-any-return]
 
 
 def pads_zeros(node: Any) -> bool:
@@ -255,7 +255,7 @@ def _fold_batch_norms(graph: fx.GraphModule) -> None:
         if not is_weighted or len(source.users) != 1:
             continue
         weight = constant(graph, source.args[1])
-        bias_node = source.args[2] if len(source.args) > 2 else None
+        bias_node: Any = source.args[2] if len(source.args) > 2 else None
         bias = constant(graph, bias_node)
         # A shared weight cannot take one norm's scale, and neither can the groups of a transposed convolution.
         is_shared = len(source.args[1].users) != 1 or (bias is not None and len(bias_node.users) != 1)

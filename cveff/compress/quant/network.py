@@ -101,28 +101,26 @@ def insert(graph: fx.GraphModule, placement: Placement) -> Roundings:
             paths[site.tensor] = f"{ROUNDING}.t{len(tensors)}"
             tensors[site.tensor] = FakeQuantize(site.grid)
             graph.add_submodule(paths[site.tensor], tensors[site.tensor])
-        readers = {_found(nodes, name) for name in site.readers}
+        users = {_found(nodes, name) for name in site.readers} or set(node.users)
         with graph.graph.inserting_after(node):
             rounded = graph.graph.call_module(paths[site.tensor], (node,))
         rounded.meta = {"val": node.meta.get("val"), "nn_module_stack": node.meta.get("nn_module_stack")}
-        node.replace_all_uses_with(
-            rounded,
-            lambda user, rounded=rounded, readers=readers: user is not rounded and _reads(user, readers),
-        )
-    for site in placement.weights:
-        node = _found(nodes, site.reader)
+        for user in users:
+            user.replace_input_with(node, rounded)
+    for layer in placement.weights:
+        node = _found(nodes, layer.reader)
         weight: Any = node.args[1]
         value = constant(graph, weight)
         if value is None:
             raise CheckpointError(
-                f"{site.reader} has no weight of its own; this model was written for another network"
+                f"{layer.reader} has no weight of its own; this model was written for another network"
             )
         path = f"{ROUNDING}.w{len(weights)}"
         if len(node.args) < 3 or node.args[2] is None:
-            _add_bias(graph, node, value.shape[site.axis])
-        sizes = () if site.per_tensor else (value.shape[site.axis], site.axis)
-        weights[site.reader] = FakeQuantize(site.grid, *sizes)
-        graph.add_submodule(path, weights[site.reader])
+            _add_bias(graph, node, value.shape[layer.axis])
+        sizes = () if layer.per_tensor else (value.shape[layer.axis], layer.axis)
+        weights[layer.reader] = FakeQuantize(layer.grid, *sizes)
+        graph.add_submodule(path, weights[layer.reader])
         with graph.graph.inserting_before(node):
             rounded = graph.graph.call_module(path, (weight,))
         node.replace_input_with(weight, rounded)
@@ -170,10 +168,6 @@ def _found(nodes: Mapping[str, fx.Node], name: str) -> fx.Node:
             f"the network has no operator {name!r}; this model was written for another network or by another cveff"
         )
     return nodes[name]
-
-
-def _reads(user: fx.Node, readers: set[fx.Node]) -> bool:
-    return not readers or user in readers
 
 
 def _json(site: Any) -> dict[str, object]:

@@ -224,9 +224,8 @@ class _Cpu(_Walk):
         if node.target not in _COMBINING | _POINTWISE | _AVERAGING:
             return False
         activations = list(_activations(node))
-        wanted = (
-            len(node.args[0]) if node.target is aten.cat.default else 2 if node.target in _COMBINING else 1
-        )  # type: ignore[arg-type]
+        first: Any = node.args[0]
+        wanted = len(first) if node.target is aten.cat.default else 2 if node.target in _COMBINING else 1
         return len(activations) == wanted and all(tensor in self.names for tensor in activations)
 
 
