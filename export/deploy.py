@@ -22,6 +22,7 @@ from cveff.export.bundle import write_bundle
 from cveff.export.deploy_checks import check_out, check_settings, gather_images
 from cveff.export.deploy_manifest import deployment_manifest
 from cveff.export.evidence import collect_evidence
+from cveff.export.int8 import Int8
 from cveff.export.measure_candidates import measure
 from cveff.export.onnx import export
 from cveff.export.report import render
@@ -134,7 +135,8 @@ def deploy(
         shipped, warnings = _merge_branches(original)
         progress.message(f"exporting {original.spec.architecture} to ONNX")
         export(shipped, work / ONNX)
-        measured = measure(original, images, target, max_accuracy_drop, work, seed, progress)
+        int8 = Int8(shipped, images.calibration, work, seed=seed, progress=progress)
+        measured = measure(original, int8, images, target, max_accuracy_drop, work, seed, progress)
         manifest = deployment_manifest(name, shipped, images, target, max_accuracy_drop, measured)
         manifest["recipe"] = dict(recipe) if recipe is not None else {"deploy": settings}
         if steps:

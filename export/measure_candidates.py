@@ -13,6 +13,7 @@ from cveff.errors import EngineError, StepError
 from cveff.export.build_candidates import ONNX, Built, build_candidates
 from cveff.export.candidates import Candidate, Limits, choose, rejection
 from cveff.export.deploy_checks import Images
+from cveff.export.int8 import Int8
 from cveff.export.kernel_gap import gap_warnings, has_kernels, num_gap_images, with_kernel_gap
 from cveff.export.scoring import REFERENCE, Scores, first_images, score, time_all
 from cveff.measure.latency import Latency
@@ -52,6 +53,7 @@ class Measured:
 
 def measure(
     original: Model,
+    int8: Int8,
     images: Images,
     target: Target,
     max_accuracy_drop: float,
@@ -63,6 +65,7 @@ def measure(
 
     Args:
         original: the module before any merging or folding, in evaluation mode; everything is compared with it.
+        int8: files in integers of what `model.onnx` was exported from.
         work: holds the exported `model.onnx`; candidates' files are written there.
 
     Raises:
@@ -72,7 +75,7 @@ def measure(
     spec = original.spec.input
     with ExitStack() as stack:
         stack.enter_context(pinned_threads(target.num_threads))
-        built = build_candidates(work / ONNX, target, images.calibration, work, progress)
+        built = build_candidates(work / ONNX, target, int8, work, progress)
         stack.callback(built.close)
         reference = torch_predictor(original, target.num_threads)
         predictors: dict[str, Predictor] = {REFERENCE: reference, **built.sessions}

@@ -183,7 +183,7 @@ def test_a_missing_engine_and_a_failing_build_do_not_stop_the_run(
         raise cveff.errors.ExportError("the quantizer tripped")
 
     monkeypatch.setattr(build_candidates, "available_engines", lambda: ("onnxruntime",))
-    monkeypatch.setattr("cveff.export.quantize.quantize_onnx", fails)
+    monkeypatch.setattr("cveff.export.int8.Int8.onnx", fails)
     made = deploy(digits_model, data=digits, target=tiny_target, out=tmp_path / "b", num_calibration=8)
     assert made.chosen["engine"] == "onnxruntime" and made.chosen["precision"] == "fp32"
     why = {(entry["engine"], entry["precision"]): entry["why"] for entry in made.manifest["candidates"]}

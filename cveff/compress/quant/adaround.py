@@ -71,6 +71,7 @@ class _SoftRounding(nn.Module):
         return (1 - (2 * self.shares() - 1).abs().pow(beta)).sum()
 
 
+@torch.enable_grad()
 def reconstruct(
     rounded: fx.GraphModule,
     exact: fx.GraphModule,
@@ -250,5 +251,7 @@ def _between(graph: fx.GraphModule, block: Block) -> fx.GraphModule:
         if node is block.end:
             break
     part.output(values[block.end])
-    part.eliminate_dead_code()
-    return fx.GraphModule(graph, part)
+    found = fx.GraphModule(graph, part)
+    found.graph.eliminate_dead_code()
+    found.recompile()
+    return found
