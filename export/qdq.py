@@ -22,6 +22,7 @@ from cveff.errors import ExportError
 FLOAT8 = helper.tensor_dtype_to_np_dtype(TensorProto.FLOAT8E4M3FN)
 
 
+_WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 PIXEL_SCALE = "_pixel_scale"
 """Ends the name of a scale that has taken in the pixels'."""
 
@@ -32,7 +33,7 @@ def translations() -> dict[Any, Callable[..., Any]]:
 
     def quantize_dequantize(x: Any, scale: Any, zero_point: Any, axis: int, low: int, high: int) -> Any:
         kind = TensorProto.INT8 if low < 0 else TensorProto.UINT8
-        zero = op.Cast(zero_point, to=kind)
+        zero = op.Cast(op.Round(zero_point), to=kind)  # a learned one lies between integers
         if axis < 0:
             return op.DequantizeLinear(op.QuantizeLinear(x, scale, zero), scale, zero)
         whole = op.QuantizeLinear(x, scale, zero, axis=axis)
@@ -95,6 +96,10 @@ class _Graph:
     def fold_zero_points(self) -> None:
         """Casts of constant zero points, unless the simplifier has folded them."""
         for node in list(self.graph.node):
+            if node.op_type == "Round" and node.input[0] in self.constants:
+                self.add(node.output[0], np.round(self.value(node.input[0])))
+                self._remove(node)
+                continue
             if node.op_type != "Cast" or node.input[0] not in self.constants:
                 continue
             kind = helper.tensor_dtype_to_np_dtype(node.attribute[0].i)
@@ -111,8 +116,22 @@ class _Graph:
             shape = [1] * weight.ndim
             if scale.ndim:
                 shape[_axis(node)] = -1
-            self.add(node.output[0], _stored(weight / scale.reshape(shape), zero.reshape(shape)))
+            stored = _stored(weight / scale.reshape(shape), zero.reshape(shape))
+            if stored.dtype == np.int8 and self._is_weight(node.output[0]):
+                # Weights have no lowest integer: their grid reaches equally far to both sides.
+                stored = np.maximum(stored, np.int8(-127))
+            self.add(node.output[0], stored)
             self._remove(node)
+
+    def _is_weight(self, name: str) -> bool:
+        """Whether a layer multiplies by it."""
+        for reader in [node for node in self.graph.node if name in node.input]:
+            if reader.op_type in _WEIGHTED and list(reader.input).index(name) == 1:
+                return True
+            is_passed_on = reader.op_type in ("DequantizeLinear", "Transpose", "Reshape")
+            if is_passed_on and self._is_weight(reader.output[0]):
+                return True
+        return False
 
     def transpose_weights(self) -> None:
         """Transpose(DequantizeLinear(constant)) -> DequantizeLinear(transposed constant): kernels look for the

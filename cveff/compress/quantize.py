@@ -42,7 +42,7 @@ class Quantize:
         weights: "nearest", "compensated": errors of a layer's weights make up for each other (GPTQ), or "learned":
             block by block, which way each weight is rounded (AdaRound, BRECQ).
         equalize: move what makes tensors hard to round into the weights around them (cross-layer equalization,
-            SmoothQuant); "auto" does where that changes the logits less.
+            SmoothQuant); "auto" tries it behind layer norms, and keeps it where the logits change less.
         saturation: "narrow" gives wider steps to channels whose 16-bit sums clip on x86 without VNNI; "ignore" does
         not;
             "auto" does if this is such a processor.

@@ -2,7 +2,9 @@
 
 Whatever passes a factor on channel by channel joins tensors into one group: ReLU, pooling, additions of a residual
 stream, multiplication by a gate. A group that something else touches (a sigmoid, a concatenation, the images, the
-output) is left.
+output) is left. So is one with a clamp (ReLU6): channels that stay below it on a few hundred images do not on all
+others. On EfficientNet-Lite0 taking them along, stretched four times at most, changed held-out logits by 5% of their
+energy.
 """
 
 from __future__ import annotations
@@ -37,14 +39,14 @@ class ChannelGroup:
         axis: of the channels: 1, or -1 behind linear layers.
         readers: every layer that reads one of them.
         divided: paths of the parameters whose first axis is the channels, and that are divided.
-        clamped: tensors whose values end at a limit (ReLU6), and it.
+        is_norm: layer norms make them, not layers with weights.
     """
 
     tensors: tuple[fx.Node, ...]
     axis: int
     readers: tuple[Layer, ...]
     divided: tuple[str, ...]
-    clamped: tuple[tuple[fx.Node, float], ...] = ()
+    is_norm: bool = False
 
 
 def channel_groups(graph: fx.GraphModule) -> list[ChannelGroup]:
@@ -60,7 +62,6 @@ class _Groups:
         self.broken: set[fx.Node] = set()
         self.divided: dict[fx.Node, list[str]] = {}
         self.readers: dict[fx.Node, list[Layer]] = {}
-        self.limits: dict[fx.Node, float] = {}
         self.axes: dict[fx.Node, set[int]] = {}
         for node in graph.graph.nodes:
             self._visit(node)
@@ -77,8 +78,8 @@ class _Groups:
             axes = {axis for node in nodes for axis in self.axes.get(node, ())}
             if root in broken or not readers or not divided or len(axes) != 1:
                 continue
-            clamped = tuple((node, self.limits[node]) for node in nodes if node in self.limits)
-            result.append(ChannelGroup(tuple(nodes), axes.pop(), tuple(readers), tuple(divided), clamped))
+            is_norm = all(node.target is aten.layer_norm.default for node in nodes if node in self.divided)
+            result.append(ChannelGroup(tuple(nodes), axes.pop(), tuple(readers), tuple(divided), is_norm))
         return result
 
     def _visit(self, node: fx.Node) -> None:
@@ -93,9 +94,6 @@ class _Groups:
             self._layer(node, self.layers[node])
         elif target is aten.layer_norm.default:
             self._norm(node)
-        elif target is aten.hardtanh.default and node.args[1:2] == (0.0,):
-            self.limits[node] = float(node.args[2])  # type: ignore[arg-type]
-            self._join(node, node.args[0])
         elif target is aten.mul.Tensor and self._gated(node) is not None:
             scaled, gate = self._gated(node)  # type: ignore[misc]
             self._join(node, scaled)

@@ -27,8 +27,6 @@ ALPHA = 0.5
 FLOOR = 0.25
 """Of a tensor's range: no channel is taken to be narrower. One that hardly fires on a few hundred images may on
 another, and would be clipped where its range was stretched too far."""
-MARGIN = 1.25
-"""A stretched channel is given this much more than it was seen to need below a clamp."""
 _LIMIT = 100.0
 
 
@@ -37,8 +35,6 @@ def equalize(
     graph: fx.GraphModule, groups: Sequence[ChannelGroup], batches: Sequence[Tensor], alpha: float = ALPHA
 ) -> None:
     """Rescale every group's channels in place; the network's outputs stay the same up to rounding of float32.
-
-    A channel that stays below its clamp (ReLU6) on these images is taken never to reach it.
 
     Args:
         groups: of `graph`, as `channel_groups` gives them.
@@ -71,13 +67,6 @@ def _scales(graph: fx.GraphModule, group: ChannelGroup, ranges: Sequence[Tensor]
     usable = of_weights > 0
     if not usable.any():
         return torch.ones_like(scale)
-    if group.clamped:
-        # Larger than it was made, a channel must still end below the clamp; one that is clamped stays.
-        reach = torch.stack(
-            [ranges[group.tensors.index(tensor)] / limit for tensor, limit in group.clamped]
-        ).amax(0)
-        least = (MARGIN * reach).clamp(FLOOR, 1.0)
-        return torch.where(usable, torch.maximum(scale / scale[usable].max(), least), 1.0)
     middle = scale[usable].log().mean().exp()
     return torch.where(usable, (scale / middle).clamp(1 / _LIMIT, _LIMIT), 1.0)
 

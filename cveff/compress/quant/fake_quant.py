@@ -91,15 +91,20 @@ class Grid:
 class FakeQuantize(nn.Module):
     """Rounds a tensor to a grid; one step for all of it, or one for each index of `axis`.
 
-    Its steps are buffers, and parameters once `learn` was called. `enabled = False` passes tensors through.
-
     Args:
         size: number of steps; 1 with `axis` None.
         axis: of the tensor, that has a step each.
+
+    Attributes:
+        scale, zero_point: the steps, buffers of shape () or (size,).
+        enabled: False passes tensors through.
+        moves: what training adds to the logarithm of the scale and, if there are two, to the zero point in halves of
+            the grid; trained, and not a part of this module. None: the steps stay.
     """
 
     scale: Tensor
     zero_point: Tensor
+    moves: tuple[Tensor, ...] | None = None
 
     def __init__(self, grid: Grid, size: int = 1, axis: int | None = None) -> None:
         super().__init__()
@@ -127,31 +132,21 @@ class FakeQuantize(nn.Module):
         """Put the steps that cover a range."""
         self.set_steps(*self.grid.steps(minimum, maximum))
 
-    def learn(self) -> None:
-        """Make the steps parameters (the zero point too, where the grid is not symmetric).
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Take the moves into the steps, and begin again at no move."""
+        if self.moves is None:
+            return
+        self.scale.mul_(self.moves[0].exp()).clamp_(min=TINY)
+        if len(self.moves) > 1:
+            moved = self.zero_point + self._reach * self.moves[1]
+            self.zero_point.copy_(moved.clamp(self.grid.low, self.grid.high))
+        for move in self.moves:
+            move.zero_()
 
-        Raises:
-            StepError: the grid is float8's, whose values are as precise relative to any step.
-        """
-        if self.grid.float8:
-            raise StepError("steps of float8 cannot be learned; only weights are trained")
-        names = ["scale"] if self.grid.symmetric else ["scale", "zero_point"]
-        for name in names:
-            value = getattr(self, name)
-            if not isinstance(value, nn.Parameter):
-                delattr(self, name)
-                self.register_parameter(name, nn.Parameter(value.detach().clone()))
-
-    def freeze(self) -> None:
-        """Make the steps buffers again, the zero point an integer."""
-        for name in ("scale", "zero_point"):
-            value = getattr(self, name).detach().clone()
-            if isinstance(getattr(self, name), nn.Parameter):
-                delattr(self, name)
-                self.register_buffer(name, value)
-        with torch.no_grad():
-            self.scale.clamp_(min=TINY)
-            self.zero_point.round_().clamp_(self.grid.low, self.grid.high)
+    @property
+    def _reach(self) -> float:
+        return (self.grid.high - self.grid.low) / 2
 
     def integers(self, x: Tensor) -> Tensor:
         """What `x` is stored as, float tensor of whole numbers (of float8's values)."""
@@ -179,7 +174,7 @@ class FakeQuantize(nn.Module):
         scale, zero = self._broadcast(x)
         if self.grid.float8:
             return RoundToFloat8.apply(x, scale)  # type: ignore[no-any-return]
-        if torch.is_grad_enabled() and (x.requires_grad or self.scale.requires_grad):
+        if torch.is_grad_enabled() and (x.requires_grad or self.moves is not None):
             # Gradients of a step sum over many elements; without this factor they would drown the weights'.
             elements = x.numel() / max(self.scale.numel(), 1)
             if self.axis is None:
@@ -195,12 +190,16 @@ class FakeQuantize(nn.Module):
         return f"{self.grid.bits} bits, {'signed' if self.grid.signed else 'unsigned'}, axis={self.axis}"
 
     def _broadcast(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        scale = self.scale.clamp(min=TINY) if self.scale.requires_grad else self.scale
+        scale, zero = self.scale, self.zero_point
+        if self.moves is not None and torch.is_grad_enabled():
+            scale = scale * self.moves[0].exp()
+            if len(self.moves) > 1:
+                zero = zero + self._reach * self.moves[1]
         if self.axis is None:
-            return scale, self.zero_point
+            return scale, zero
         shape = [1] * x.ndim
         shape[self.axis] = -1
-        return scale.reshape(shape), self.zero_point.reshape(shape)
+        return scale.reshape(shape), zero.reshape(shape)
 
 
 def _rounded(x: Tensor, scale: Tensor, zero: Tensor, low: int, high: int) -> Tensor:

@@ -80,8 +80,8 @@ def find_layers(graph: fx.GraphModule) -> list[Layer]:
         assert weight is not None
         if len(weight.users) != 1 or node.target is aten.conv_transpose2d.input:
             continue
-        bias = node.args[2] if len(node.args) > 2 else None
-        path = str(bias.target) if constant(graph, bias) is not None else ""  # type: ignore[union-attr]
+        bias = _source(node.args[2]) if len(node.args) > 2 else None
+        path = str(bias.target) if bias is not None and constant(graph, bias) is not None else ""
         if node.target is aten.linear.default:
             found.append(Layer(names[node], node, str(weight.target), path))
         elif constant(graph, weight).ndim == 4:  # type: ignore[union-attr]
@@ -140,7 +140,7 @@ def observe(
 
 
 def _source(node: Any) -> fx.Node | None:
-    """The constant behind a rounded weight."""
+    """The constant behind a rounded weight or bias."""
     while isinstance(node, fx.Node) and node.op == "call_module":
         node = node.args[0]
     return node if isinstance(node, fx.Node) else None

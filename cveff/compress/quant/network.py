@@ -10,11 +10,15 @@ from typing import Any, ClassVar
 import torch
 from torch import fx, nn
 
+from cveff.compress.quant.aware import RoundingAware
 from cveff.compress.quant.capture import capture, constant, identify, set_parameter
 from cveff.compress.quant.fake_quant import FakeQuantize
+from cveff.compress.quant.layers import find_layers, input_rounding, weight_rounding
 from cveff.compress.quant.placement import Placement, Scheme, Site, WeightSite
+from cveff.compress.quant.round_bias import RoundBias
 from cveff.errors import CheckpointError
 from cveff.runtime.input_spec import InputSpec
+from cveff.train.objective import Objective
 
 ROUNDING = "rounding"
 """The submodule that holds every `FakeQuantize`."""
@@ -37,6 +41,10 @@ class QuantizedGraph:
     weights: tuple[Any, ...] = ()
     scheme: Scheme = "cpu"
     kind: ClassVar[str] = "quantize"
+
+    def constrained(self, objective: Objective, module: nn.Module) -> Objective:
+        """`objective`, which also learns the steps of `module`."""
+        return RoundingAware(objective, module)
 
     def apply(self, module: nn.Module) -> nn.Module:
         """The rounded graph of `module`, its steps not set.
@@ -124,9 +132,24 @@ def insert(graph: fx.GraphModule, placement: Placement) -> Roundings:
         with graph.graph.inserting_before(node):
             rounded = graph.graph.call_module(path, (weight,))
         node.replace_input_with(weight, rounded)
+    if placement.scheme != "tensorrt":
+        _round_biases(graph)
     graph.graph.lint()
     graph.recompile()
     return Roundings(tensors, weights)
+
+
+def _round_biases(graph: fx.GraphModule) -> None:
+    for index, layer in enumerate(find_layers(graph)):
+        of_input, of_weight = input_rounding(graph, layer), weight_rounding(graph, layer)
+        if of_input is None or of_weight is None:
+            continue
+        bias: Any = layer.node.args[2]
+        path = f"{ROUNDING}.b{index}"
+        graph.add_submodule(path, RoundBias(of_input, of_weight))
+        with graph.graph.inserting_before(layer.node):
+            rounded = graph.graph.call_module(path, (bias,))
+        layer.node.args = (*layer.node.args[:2], rounded, *layer.node.args[3:])
 
 
 def roundings(graph: nn.Module, placement: Placement) -> Roundings:

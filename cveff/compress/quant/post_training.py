@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from cveff.compress.quant.adaround import reconstruct
 from cveff.compress.quant.capture import capture, constant, identify
-from cveff.compress.quant.channel_groups import channel_groups
+from cveff.compress.quant.channel_groups import ChannelGroup, channel_groups
 from cveff.compress.quant.equalize import ALPHA, equalize
 from cveff.compress.quant.error import logits, relative_error
 from cveff.compress.quant.fake_quant import Grid
@@ -24,7 +24,7 @@ from cveff.compress.quant.layers import find_layers
 from cveff.compress.quant.network import Roundings, insert
 from cveff.compress.quant.placement import Placement, Scheme, place
 from cveff.compress.quant.ranges import Method, Watch, drift, rounding_off, weight_range
-from cveff.compress.quant.round_weights import round_biases, round_weights
+from cveff.compress.quant.round_weights import round_weights
 from cveff.compress.quant.saturation import narrow, predict_saturation
 from cveff.errors import StepError
 from cveff.progress import Progress, Silent
@@ -73,19 +73,19 @@ class PostTraining:
         exact = capture(module, spec)
         held = batches[-max(1, len(batches) // 4) :] if len(batches) > 1 else batches
         expected = logits(exact, held)
-        links = channel_groups(exact) if self.equalize else []
+        tried = self._groups(exact)
         best: Quantized | None = None
         for is_equalized in (False, True) if self.equalize == "auto" else (bool(self.equalize),):
-            if is_equalized and not links:
+            if is_equalized and not tried:
                 if best is not None:
                     continue
                 is_equalized = False
             source = copy.deepcopy(exact)
             if is_equalized:
-                equalize(source, channel_groups(source), batches, self.alpha)
+                equalize(source, self._groups(source), batches, self.alpha)
             found = self._attempt(source, batches, held, expected)
-            found.equalized = len(links) if is_equalized else 0
-            if self.equalize == "auto" and links:
+            found.equalized = len(tried) if is_equalized else 0
+            if self.equalize == "auto" and tried:
                 how = "with" if is_equalized else "without"
                 self.progress.message(
                     f"{how} equalization: the logits' error is {found.error:.4f} of their energy"
@@ -97,6 +97,12 @@ class PostTraining:
             self._learn(best, batches)
             best.error = relative_error(logits(best.graph, held), expected)
         return best
+
+    def _groups(self, graph: fx.GraphModule) -> list[ChannelGroup]:
+        """What is equalized: of itself only what layer norms make, whose channels differ most."""
+        if not self.equalize:
+            return []
+        return [group for group in channel_groups(graph) if group.is_norm or self.equalize is True]
 
     def _attempt(
         self,
@@ -126,7 +132,6 @@ class PostTraining:
             narrowed = narrow(graph, predict_saturation(graph, seen, seed=self.seed))
         if self.weights != "nearest":
             round_weights(graph, seen, seed=self.seed)
-        round_biases(graph)
         error = relative_error(logits(graph, held), expected)
         return Quantized(graph, exact, placement, roundings, method, images, error, narrowed)
 
@@ -178,7 +183,6 @@ class PostTraining:
         for layer in find_layers(found.graph):
             layer.put(found.graph, others[layer.name].matrix(found.exact))
         reconstruct(found.graph, found.exact, batches, seed=self.seed, progress=self.progress)
-        round_biases(found.graph)
 
 
 @dataclass

@@ -17,9 +17,7 @@ from torch import Tensor, fx
 from cveff.compress.quant.layers import (
     Layer,
     find_layers,
-    input_rounding,
     observe,
-    parameter,
     shift_bias,
     weight_rounding,
 )
@@ -67,21 +65,6 @@ def round_weights(graph: fx.GraphModule, batches: Sequence[Tensor], *, seed: int
         layer.put(graph, rounded)
         error = ((rounded - weight) @ (totals[layer.name] / count)[:, :, None]).reshape(-1)
         shift_bias(graph, layer, -error)
-
-
-@torch.no_grad()
-def round_biases(graph: fx.GraphModule) -> None:
-    """Put every bias on the grid of its layer's sums, the product of the steps of input and weight, in place.
-
-    Engines keep biases as 32-bit integers of that grid; so the file's are the simulated ones.
-    """
-    for layer in find_layers(graph):
-        of_weight, of_input = weight_rounding(graph, layer), input_rounding(graph, layer)
-        if of_weight is None or of_input is None or not layer.bias or of_weight.grid.float8:
-            continue
-        bias = parameter(graph, layer.bias)
-        step = of_input.scale.double() * of_weight.scale.double()
-        bias.copy_(((bias.double() / step).round() * step).to(bias.dtype))
 
 
 def compensated(weight: Tensor, scale: Tensor, moments: Tensor, limits: tuple[int, int]) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import onnxruntime
 import pytest
@@ -104,28 +106,30 @@ def test_gradients_are_those_of_lsq_plus() -> None:
     """By hand, from the papers' equations: x inside, clipped above, clipped below."""
     rounding = FakeQuantize(Grid(bits=2))  # 0 … 3
     rounding.set_steps(torch.tensor(0.5), torch.tensor(1.0))
-    rounding.learn()
+    rounding.moves = (torch.zeros((), requires_grad=True), torch.zeros((), requires_grad=True))
     x = torch.tensor([[0.3, 5.0, -5.0]], requires_grad=True)
     rounding(x).sum().backward()
     factor = 1 / (3 * 3) ** 0.5
     assert torch.equal(x.grad, torch.tensor([[1.0, 0.0, 0.0]]))
     # inside: round(v) - v = 1 - 0.6; above: high - z = 2; below: low - z = -1
-    assert rounding.scale.grad.item() == pytest.approx((0.4 + 2 - 1) * factor)
-    assert rounding.zero_point.grad.item() == pytest.approx(-2 * 0.5 * factor)
+    # Of the scale's logarithm, and of the zero point in halves of the grid.
+    assert rounding.moves[0].grad.item() == pytest.approx((0.4 + 2 - 1) * factor * 0.5)
+    assert rounding.moves[1].grad.item() == pytest.approx(-2 * 0.5 * factor * 1.5)
 
 
-def test_freezing_keeps_what_was_learned_and_rounds_the_zero_point() -> None:
+def test_moves_are_taken_into_the_steps() -> None:
     rounding = FakeQuantize(Grid())
     rounding.set_range(torch.tensor(-1.0), torch.tensor(2.0))
-    rounding.learn()
-    with torch.no_grad():
-        rounding.zero_point.add_(0.3)
+    scale, zero = float(rounding.scale), float(rounding.zero_point)
+    rounding.moves = (torch.tensor(0.1, requires_grad=True), torch.tensor(0.01, requires_grad=True))
     x = torch.randn(100)
-    before = rounding(x).detach()
-    rounding.freeze()
-    assert not list(rounding.parameters())
-    assert rounding.zero_point == rounding.zero_point.round()
-    assert torch.equal(rounding(x), before)
+    moved = rounding(x).detach()
+    rounding.settle()
+    assert torch.equal(rounding(x).detach(), moved), "as they were while they moved"
+    assert float(rounding.scale) == pytest.approx(scale * math.exp(0.1))
+    assert float(rounding.zero_point) == pytest.approx(zero + 1.275)
+    assert all(float(move) == 0 for move in rounding.moves)
+    assert list(rounding.state_dict()) == ["scale", "zero_point"] and not list(rounding.parameters())
 
 
 def test_switched_off_it_passes_values_on() -> None:
