@@ -65,9 +65,16 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str =
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             deeper = differences(old, new, f"{prefix}{key}.")
             found += [deeper] if deeper else []
-        elif (list(old) if isinstance(old, tuple) else old) != (list(new) if isinstance(new, tuple) else new):
+        elif _as_lists(old) != _as_lists(new):
             found.append(f"{prefix}{key}: {old!r} then, {new!r} now")
     return "; ".join(found[:3])
+
+
+def _as_lists(value: Any) -> Any:
+    """Tuples as JSON gives them back, however deep."""
+    if isinstance(value, Mapping):
+        return {key: _as_lists(item) for key, item in value.items()}
+    return [_as_lists(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _flatten(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
