@@ -26,6 +26,7 @@ from cveff.model import Model, create, load, save
 from cveff.progress import Progress, Silent
 from cveff.recipe import ModelSettings, Recipe
 from cveff.run_folder import check_folder, open_folder, read_json
+from cveff.runtime.errors import first_line
 from cveff.steps import Run, Step
 from cveff.subject import open_model
 from cveff.target import load_target
@@ -303,7 +304,7 @@ def check_device(device: str) -> None:
     try:
         torch.zeros(1, device=device).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0][:100]
+        reason = first_line(error)[:100]
         raise RecipeError(
             f"device {device!r} cannot be used ({reason}); give cpu, or cuda where there is one"
         ) from error

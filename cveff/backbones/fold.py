@@ -16,6 +16,7 @@ from torch.export.graph_signature import InputKind
 
 from cveff.errors import StepError
 from cveff.model import Model, with_module
+from cveff.runtime.errors import first_line
 from cveff.steps import Run
 
 _CONVOLUTIONS = {torch.ops.aten.conv1d.default, torch.ops.aten.conv2d.default, torch.ops.aten.conv2d.padding}
@@ -80,7 +81,7 @@ def find_pairs(model: Model) -> tuple[tuple[str, str], ...]:
         program = torch.export.export(module.eval(), (example,))
     except Exception as error:
         raise StepError(
-            f"{model.spec.architecture} cannot be traced by torch.export: {str(error).splitlines()[0]}"
+            f"{model.spec.architecture} cannot be traced by torch.export: {first_line(error)}"
         ) from error
     finally:
         module.train(training)

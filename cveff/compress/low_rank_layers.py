@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cveff.compress.low_rank_edit import not_factorisable, replace
+from cveff.runtime.errors import first_line
 
 
 def find_layers(module: nn.Module, example: Tensor) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
@@ -60,43 +61,48 @@ def find_layers(module: nn.Module, example: Tensor) -> tuple[dict[str, tuple[int
                 if path in calls
                 else "is never called: the network reads its weight, or does not use it"
             )
-    for path in _touched(module, example, expected, candidates):
-        reasons[path] = "is read by the network (its weight, bias or size), not only called"
+    for path, fault in _touched(module, example, expected, candidates).items():
+        reasons[path] = (
+            f"is read by the network (its weight, bias or size), not only called: wrapped, {fault}"
+        )
         del candidates[path]
     return {path: shapes[path] for path in candidates}, reasons
 
 
 def _touched(
     module: nn.Module, example: Tensor, expected: Tensor, candidates: Mapping[str, nn.Module]
-) -> list[str]:
-    """Layers that cannot be wrapped: a `Sequential` of the layer alone computes the same and has none of its names."""
-    if _runs_wrapped(module, example, expected, candidates):
-        return []
+) -> dict[str, str]:
+    """Layers that cannot be wrapped, and what happens: a `Sequential` of the layer alone computes the same and has none
+    of its names."""
+    fault = _fault_wrapped(module, example, expected, candidates)
+    if fault is None:
+        return {}
     # A network repeats few kinds of blocks; halving finds the culprits among many innocent layers.
     paths = list(candidates)
     if len(paths) == 1:
-        return paths
+        return {paths[0]: fault}
     halves = paths[: len(paths) // 2], paths[len(paths) // 2 :]
-    return [
-        path
-        for half in halves
-        for path in _touched(module, example, expected, {path: candidates[path] for path in half})
-    ]
+    found: dict[str, str] = {}
+    for half in halves:
+        found |= _touched(module, example, expected, {path: candidates[path] for path in half})
+    return found
 
 
-def _runs_wrapped(
+def _fault_wrapped(
     module: nn.Module, example: Tensor, expected: Tensor, layers: Mapping[str, nn.Module]
-) -> bool:
+) -> str | None:
+    """What goes wrong with `layers` wrapped, None if nothing does. Unwrapped, the network has just run."""
     for path, layer in layers.items():
         replace(module, path, nn.Sequential(layer).train(layer.training))
     try:
         found = run_hooked(module, example, {})
-        return torch.allclose(found, expected, rtol=1e-4, atol=1e-5, equal_nan=True)
-    except (AttributeError, TypeError, NotImplementedError):
-        return False  # the network reads something off the layer that its wrapper does not have
+    except (AttributeError, TypeError, NotImplementedError) as error:
+        return f"{type(error).__name__}: {first_line(error)}"
     finally:
         for path, layer in layers.items():
             replace(module, path, layer)
+    is_same = torch.allclose(found, expected, rtol=1e-4, atol=1e-5, equal_nan=True)
+    return None if is_same else "it answers otherwise"
 
 
 def run_hooked(module: nn.Module, images: Tensor, hooks: Mapping[str, Callable[..., None]]) -> Tensor:

@@ -165,7 +165,8 @@ def compare(
         precision: half width of the interval that is narrow enough, relative to the median.
         seed: of the order within rounds.
         clock: seconds; tests inject their own.
-        rest: called before each block of another candidate than the last; returns when no thread is left running.
+        rest: called before each block of another candidate than the last; returns when no thread is left running,
+            or it has waited long enough.
 
     Raises:
         CveffError: no predictor, an unknown reference, an empty batch, or bounds that contradict each other.

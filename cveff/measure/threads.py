@@ -22,8 +22,11 @@ _STEP, _LONGEST = 0.005, 0.2
 
 
 def rest() -> None:
-    """Sleep until this process's other threads do: pools spin after a run (ONNX Runtime's for some 40 ms), and one that
-    still spins leaves the next engine a core less, for as long as the scheduler takes to notice."""
+    """Sleep until this process's other threads do, 0.2 s at most.
+
+    Pools spin after a run (ONNX Runtime's for some 40 ms), and one that still spins leaves the next engine a core less,
+    for as long as the scheduler takes to notice.
+    """
     for _ in range(round(_LONGEST / _STEP)):
         before = time.process_time()
         time.sleep(_STEP)

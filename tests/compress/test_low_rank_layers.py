@@ -36,6 +36,7 @@ def test_layers_the_network_reads_are_found_by_running_it() -> None:
     assert list(module.state_dict()) == names
     assert "never called" in reasons["weight_read"] and "never called" in reasons["unused"]
     assert "is read by the network" in reasons["bias_read"] and "is read" in reasons["size_read"]
+    assert reasons["bias_read"].endswith("AttributeError: 'Sequential' object has no attribute 'bias'")
     assert reasons["twice"] == "is called 2 times"
     assert reasons["tied_a"] == "shares its weight with tied_b"
 
