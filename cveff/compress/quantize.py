@@ -8,9 +8,11 @@ from typing import ClassVar, Literal, get_args
 from torch import Tensor
 
 from cveff.backbones.reparameterize import Reparameterize, has_branches
-from cveff.compress.quant.network import QuantizedGraph, is_cast, is_quantized
+from cveff.compress.quant.mixed import MixedPrecision, as_model
+from cveff.compress.quant.network import is_cast, is_quantized
 from cveff.compress.quant.placement import Scheme
-from cveff.compress.quant.post_training import PostTraining, WeightRounding
+from cveff.compress.quant.points import Points
+from cveff.compress.quant.post_training import PostTraining, Quantized, WeightRounding
 from cveff.compress.quant.ranges import Method
 from cveff.compress.quant.reduced import reduce_floats
 from cveff.compress.quant.saturation import saturates
@@ -19,10 +21,14 @@ from cveff.compress.quant.weight_only import WeightOnly
 from cveff.compress.quant.weight_step import WEIGHT_BITS, round_model_weights
 from cveff.compress.samples import samples
 from cveff.errors import StepError
-from cveff.model import Model, with_module
+from cveff.files import write_json
+from cveff.model import Model
 from cveff.steps import Run
 
-Precision = Literal["int8", "int8-weights", "int4-weights", "fp16", "bf16", "fp8"]
+MIXED_FILE = "mixed_precision.json"
+"""What "auto" measured and decided, in the step's folder."""
+
+Precision = Literal["int8", "int8-weights", "int4-weights", "fp16", "bf16", "fp8", "auto"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +38,9 @@ class Quantize:
     The model that comes out computes in PyTorch what its exported file says: rounding included.
 
     Attributes:
-        precision: "int8": weights and activations; "fp16", "bf16": all but what needs float32; "fp8": what "tensorrt"
+        precision: "int8": weights and activations; "auto": floats, 8 bits, or 8 bits with some layers in floats,
+            whichever is the fastest on the target's engine and loses at most `max_accuracy_drop`
+            (`cveff.compress.quant.mixed`); "fp16", "bf16": all but what needs float32; "fp8": what "tensorrt"
             scheme rounds. Of the other settings these three heed `images` and `exclude` alone. "int8-weights",
             "int4-weights": weights of large linear layers alone (`cveff.compress.quant.weight_only`), by `weights`,
             `images`, `exclude` and the last two settings.
@@ -50,6 +58,8 @@ class Quantize:
         exclude: operators that stay in floats, by the names in the report; of weights alone: layers' or modules' paths.
         group_size: of weights alone: inputs that share a scale, 32, 64 or 128.
         symmetric: of weights alone: no zero points.
+        max_accuracy_drop: of "auto": points of top-1 accuracy on the validation images that may be lost; without
+            labels, points of answers that differ.
 
     Raises:
         StepError: at construction, for a value out of range.
@@ -66,6 +76,7 @@ class Quantize:
     exclude: tuple[str, ...] = ()
     group_size: int = 64
     symmetric: bool = False
+    max_accuracy_drop: float = 1.0
 
     kind: ClassVar[str] = "quantize"
     requires: ClassVar[tuple[str, ...]] = ("data",)
@@ -84,6 +95,12 @@ class Quantize:
                 raise StepError(
                     f"quantize.{name} is {getattr(self, name)!r}; give one of {', '.join(map(str, allowed))}"
                 )
+        if not 0 <= self.max_accuracy_drop <= 100:
+            raise StepError(
+                f"quantize.max_accuracy_drop is {self.max_accuracy_drop!r}; give points between 0 and 100"
+            )
+        if self.precision == "auto":
+            object.__setattr__(self, "requires", ("data", "timer"))
         if self.images < 1:
             raise StepError(f"quantize.images is {self.images}; give 1 or more")
         if self.precision in WEIGHT_BITS:
@@ -110,7 +127,7 @@ class Quantize:
         images = self._images(model, run)
         if self.precision in ("fp16", "bf16", "fp8"):
             return reduce_floats(model, self.precision, images, self.exclude, run.progress)
-        found = PostTraining(
+        work = PostTraining(
             scheme=self.scheme,
             method=self.method,
             weight_method=self.weight_method,
@@ -120,8 +137,25 @@ class Quantize:
             exclude=self.exclude,
             seed=run.seed,
             progress=run.progress,
-        ).quantize(model.module, model.spec.input, images)
-        return with_module(model, found.graph, QuantizedGraph.of(model.spec.input, found.placement))
+        )
+        found = work.quantize(model.module, model.spec.input, images)
+        return (
+            self._mixed(model, found, work, images, run)
+            if self.precision == "auto"
+            else as_model(model, found)
+        )
+
+    def _mixed(
+        self, model: Model, found: Quantized, work: PostTraining, images: list[Tensor], run: Run
+    ) -> Model:
+        assert run.data is not None and run.timer is not None
+        points = Points.of(model.module, run.data.val, model.spec.input, seed=run.seed)
+        mixed = MixedPrecision(work, run.timer, points, self.max_accuracy_drop).search(model, found, images)
+        for line in mixed.lines():
+            run.progress.message(line)
+        if run.folder is not None:
+            write_json(run.folder / MIXED_FILE, mixed.to_json())
+        return model if mixed.quantized is None else as_model(model, mixed.quantized)
 
     def _images(self, model: Model, run: Run) -> list[Tensor]:
         assert run.data is not None

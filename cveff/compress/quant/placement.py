@@ -50,7 +50,7 @@ PASSING = {
     aten.upsample_nearest2d.vec,
 }
 """Operators that only move values: what they return has the steps of what they take."""
-_NORMS = {aten.layer_norm.default, aten.group_norm.default}
+NORMS = {aten.layer_norm.default, aten.group_norm.default}
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class Placement:
     Attributes:
         sites: tensors, in the order they are computed.
         weights: the layers that run on integers.
-        excluded: layers that could, and were to stay in floats.
+        excluded: operators that were to stay in floats.
         scheme: whose engine it is for.
     """
 
@@ -191,7 +191,7 @@ class _Walk:
                     )
                 )
         weights = tuple(WeightSite(self.names[node], output_axis(node)) for node in self.integer)
-        excluded = tuple(self.names[node] for node in self.weighted if node in self.excluded)
+        excluded = tuple(self.names[node] for node in self.names if node in self.excluded)
         return Placement(tuple(sites), weights, excluded)
 
 
@@ -200,7 +200,7 @@ class _Cpu(_Walk):
 
     def placement(self) -> Placement:
         nodes = list(self.graph.graph.nodes)
-        end_to_end = not any(node.target in _NORMS for node in nodes)
+        end_to_end = not any(node.target in NORMS for node in nodes)
         integer = set(self.integer)
         if self.products:
             integer |= {node for node in nodes if node.target in PRODUCTS} - self.excluded
