@@ -11,7 +11,7 @@ from cveff.errors import TargetError
 from cveff.runtime.machine import usable_cores
 
 _ENGINES = ("onnxruntime", "openvino")
-_PRECISIONS = ("fp32", "bf16", "int8", "int8-asymmetric", "int8-bf16")
+_PRECISIONS = ("fp32", "bf16", "int8", "int8-mixed", "int8-asymmetric", "int8-bf16")
 _PROFILES = Path(__file__).parent / "export" / "targets"
 
 
@@ -22,8 +22,9 @@ class Target:
     Attributes:
         name, description: for people.
         candidates: (engine, precision) pairs that `deploy` builds, measures and chooses from. Engines:
-            "onnxruntime", "openvino"; precisions: "fp32", "bf16", "int8"; for OpenVINO also
-            "int8-asymmetric" (zero points for activations) and "int8-bf16" (bfloat16 for what is not quantized).
+            "onnxruntime", "openvino"; precisions: "fp32", "bf16", "int8"; for ONNX Runtime also "int8-mixed" (layers
+            that are faster in floats, or lose too much, stay there); for OpenVINO also "int8-asymmetric" (zero points
+            for activations) and "int8-bf16" (bfloat16 for what is not quantized).
         threads: threads of the engine; 0 means every core this process may use.
         batch_sizes: batch sizes that are measured; the first decides which candidate is fastest.
         memory_mb: limit on the peak resident memory of a fresh process that runs the file, in MiB; 0: none.

@@ -10,7 +10,7 @@ from typing import Any
 
 from cveff.errors import CveffError, EngineError, ExportError, MissingDependencyError
 from cveff.export.candidates import Candidate
-from cveff.export.int8 import Int8
+from cveff.export.int8 import Int8, NotWorthwhileError
 from cveff.measure.size import size_bytes
 from cveff.progress import Progress
 from cveff.runtime.engines import available_engines, open_file
@@ -49,9 +49,14 @@ def build_candidates(source: Path, target: Target, int8: Int8, folder: Path, pro
     for engine, precision in progress.track(pairs, "building candidates", len(pairs)):
         candidate = Candidate(engine, precision, threads=target.num_threads)
         try:
-            path, options = _build(engine, precision, source, int8, folder)
+            path, options = _build(engine, precision, source, int8, target, folder)
             candidate = replace(
-                candidate, file=path.name, path=path, options=options, size_bytes=size_bytes(path)
+                candidate,
+                file=path.name,
+                path=path,
+                options=options,
+                size_bytes=size_bytes(path),
+                rounding=int8.described(path),
             )
             sessions[candidate.name] = open_file(engine, path, threads=candidate.threads, options=options)
         except CveffError as error:
@@ -70,13 +75,13 @@ def model_files(candidate: Candidate, folder: Path) -> dict[str, Path]:
 
 
 def _build(
-    engine: str, precision: str, source: Path, int8: Int8, folder: Path
+    engine: str, precision: str, source: Path, int8: Int8, target: Target, folder: Path
 ) -> tuple[Path, dict[str, Any]]:
     """The candidate's file (built unless it is there already) and the engine's options."""
     if engine not in available_engines():
         raise MissingDependencyError(f"{engine} is not installed; pip install {_requirement(engine)}")
     if engine == "onnxruntime":
-        return _build_onnx(precision, source, int8), {}
+        return _build_onnx(precision, source, int8, target), {}
     from cveff.export.openvino import Preset, convert, quantize_openvino
 
     is_bf16 = precision.endswith("bf16")
@@ -95,11 +100,13 @@ def _build(
     return path, {"inference_precision": "bf16" if is_bf16 else "f32"}
 
 
-def _build_onnx(precision: str, source: Path, int8: Int8) -> Path:
-    if precision not in ("fp32", "int8"):
+def _build_onnx(precision: str, source: Path, int8: Int8, target: Target) -> Path:
+    if precision not in ("fp32", "int8", "int8-mixed"):
         raise ExportError(f"ONNX Runtime's CPU engine does not compute in {precision}")
     _check_given(int8, precision)
-    return int8.onnx() if precision == "int8" and not int8.is_given else source
+    if precision == "fp32" or int8.is_given:
+        return source
+    return int8.mixed(target) if precision == "int8-mixed" else int8.onnx()
 
 
 def _check_given(int8: Int8, precision: str) -> None:
@@ -117,4 +124,8 @@ def _reason(error: CveffError) -> str:
     """The error on one line, without the temporary folder it happened in."""
     text = " ".join(str(error).split())
     text = re.sub(r"\S*/(model[\w.]*)", r"\1", text)
-    return text if isinstance(error, MissingDependencyError) else f"could not be built: {text}"
+    return (
+        text
+        if isinstance(error, (MissingDependencyError, NotWorthwhileError))
+        else f"could not be built: {text}"
+    )

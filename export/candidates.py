@@ -39,6 +39,8 @@ class Candidate:
         size_bytes: of every file the engine needs.
         peak_rss_bytes: of a fresh process that opens the file and predicts; None where not measured.
         meaning_gap: for int8 on ONNX Runtime, the engine's answers against the file computed as written.
+        rounding: for int8 that cveff made itself: every layer's precision, range and cost
+            (`cveff.compress.quant.describe`).
         error: why it could not be built or run; "" when it could.
         chosen, rejected, why: the decision and its reason, filled in by `choose`. A candidate that is neither
             chosen nor rejected kept to the limits and lost on time.
@@ -57,6 +59,7 @@ class Candidate:
     size_bytes: int = 0
     peak_rss_bytes: int | None = None
     meaning_gap: Mapping[str, Any] | None = None
+    rounding: Mapping[str, Any] | None = None
     error: str = ""
     chosen: bool = False
     rejected: bool = False
@@ -80,6 +83,7 @@ class Candidate:
             "size_bytes": self.size_bytes,
             "peak_rss_bytes": self.peak_rss_bytes,
             "meaning_gap": dict(self.meaning_gap) if self.meaning_gap is not None else None,
+            "rounding": dict(self.rounding) if self.rounding is not None else None,
             "chosen": self.chosen,
             "rejected": self.rejected,
             "why": self.why,

@@ -135,7 +135,15 @@ def deploy(
         shipped, warnings = _merge_branches(original)
         progress.message(f"exporting {original.spec.architecture} to ONNX")
         export(shipped, work / ONNX)
-        int8 = Int8(shipped, images.calibration, work, seed=seed, progress=progress)
+        int8 = Int8(
+            shipped,
+            images.calibration,
+            work,
+            images.selection,
+            max_accuracy_drop,
+            seed=seed,
+            progress=progress,
+        )
         measured = measure(original, int8, images, target, max_accuracy_drop, work, seed, progress)
         manifest = deployment_manifest(name, shipped, images, target, max_accuracy_drop, measured)
         manifest["recipe"] = dict(recipe) if recipe is not None else {"deploy": settings}

@@ -2,22 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from torch import Tensor
 
-from cveff.compress.quant.network import QuantizedGraph, is_quantized
+from cveff.compress.quant.describe import describe
+from cveff.compress.quant.mixed import INT8, MIXED, Mixed, MixedPrecision, as_model
+from cveff.compress.quant.network import is_quantized
+from cveff.compress.quant.points import Points
 from cveff.compress.quant.post_training import PostTraining, Quantized
 from cveff.compress.quant.ranges import rounding_off
 from cveff.compress.quant.saturation import saturates
 from cveff.data.augment import normalize
+from cveff.data.dataset import Split
 from cveff.errors import ExportError
 from cveff.export.onnx import export
-from cveff.model import Model, with_module
+from cveff.export.timer import EngineTimer
+from cveff.model import Model
 from cveff.progress import Progress, Silent
+from cveff.target import Target
 
 BATCH = 32
+DESCRIBED = 2
+"""Batches that the report's costs are measured on."""
+
+
+class NotWorthwhileError(ExportError):
+    """A file was not written because it would be another one over again."""
 
 
 @dataclass
@@ -28,14 +43,19 @@ class Int8:
         model: its branches merged; left as it is. One that is quantized already is written as it is.
         images: (N, H, W, C) uint8 to calibrate on; None where no file in integers is wanted.
         folder: where files are written.
+        selection: images that mixed precision is chosen by.
+        max_accuracy_drop: points on them that it may lose.
     """
 
     model: Model
     images: np.ndarray | None
     folder: Path
+    selection: Split
+    max_accuracy_drop: float
     seed: int = 0
     progress: Progress = field(default_factory=Silent)
     _found: Quantized | None = field(default=None, init=False, repr=False)
+    _described: dict[Path, dict[str, Any]] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def is_given(self) -> bool:
@@ -61,11 +81,32 @@ class Int8:
             StepError: the model cannot be captured, or overflows on the images.
         """
         path = self.folder / "model.int8.onnx"
-        if not path.exists():
-            found = self._quantized()
-            edit = QuantizedGraph.of(self.model.spec.input, found.placement)
-            export(with_module(self.model, found.graph, edit), path)
-        return path
+        return path if path.exists() else self._write(path, self._quantized())
+
+    def mixed(self, target: Target) -> Path:
+        """The same with some layers in floats: those that are faster so, or lose too much.
+
+        Args:
+            target: gives the threads and the batch size that times are measured at, on ONNX Runtime.
+
+        Raises:
+            NotWorthwhileError: all layers belong in 8 bits, or all in floats.
+            ExportError, StepError: as `onnx`.
+        """
+        path = self.folder / "model.int8-mixed.onnx"
+        if path.exists():
+            return path
+        found = self._quantized()
+        points = Points.of(self.model.module, self.selection, self.model.spec.input, seed=self.seed)
+        with EngineTimer(target, "onnxruntime") as timer:
+            search = MixedPrecision(self._work(), timer, points, self.max_accuracy_drop)
+            mixed = search.search(self.model, found, self._batches())
+        for line in mixed.lines():
+            self.progress.message(line)
+        if mixed.chosen != MIXED or mixed.quantized is None:
+            other = "8 bits throughout are" if mixed.chosen == INT8 else "floats throughout are"
+            raise NotWorthwhileError(f"not built: {other} as fast as any mixture, and keep to the limit")
+        return self._write(path, mixed.quantized, mixed)
 
     def rounded_weights(self) -> Path:
         """A float32 file whose weights lie on the grids that were chosen for them: for quantizers of other engines."""
@@ -76,10 +117,22 @@ class Int8:
                 export(Model(self.model.spec, found.graph), path)
         return path
 
+    def described(self, path: Path) -> Mapping[str, Any] | None:
+        """What is rounded in a file that this has written with its roundings, and what each costs; else None."""
+        return self._described.get(path)
+
+    def _write(self, path: Path, found: Quantized, mixed: Mixed | None = None) -> Path:
+        export(as_model(self.model, found), path)
+        self._described[path] = describe(found, self._batches()[:DESCRIBED], mixed=mixed, seed=self.seed)
+        return path
+
     def _quantized(self) -> Quantized:
         if self._found is None:
-            spec = self.model.spec.input
-            batches = normalize(self.calibration, spec).split(BATCH)
-            work = PostTraining(narrow=saturates(), seed=self.seed, progress=self.progress)
-            self._found = work.quantize(self.model.module, spec, list(batches))
+            self._found = self._work().quantize(self.model.module, self.model.spec.input, self._batches())
         return self._found
+
+    def _work(self) -> PostTraining:
+        return PostTraining(narrow=saturates(), seed=self.seed, progress=self.progress)
+
+    def _batches(self) -> list[Tensor]:
+        return list(normalize(self.calibration, self.model.spec.input).split(BATCH))

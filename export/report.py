@@ -13,6 +13,7 @@ from string import Template
 from typing import Any
 
 from cveff.export.report_plots import Point, Standing, accuracy_latency
+from cveff.export.report_rounding import rounding_section
 from cveff.export.report_sections import (
     Evidence,
     bytes_text,
@@ -46,6 +47,7 @@ def render(manifest: Mapping[str, Any], evidence: Evidence | None = None) -> str
         _warnings(evidence.warnings),
         steps_section(manifest),
         _candidates(manifest),
+        rounding_section(manifest),
         layers_section(evidence),
         confusion_section(evidence.confusion, manifest["labels"]),
         samples_section(evidence.samples),

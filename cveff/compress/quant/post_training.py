@@ -133,7 +133,8 @@ class PostTraining:
         if self.weights != "nearest":
             round_weights(graph, seen, seed=self.seed)
         error = relative_error(logits(graph, held), expected)
-        return Quantized(graph, exact, placement, roundings, method, images, error, narrowed)
+        extremes = {name: (histogram.low, histogram.high) for name, histogram in watch.histograms.items()}
+        return Quantized(graph, exact, placement, roundings, method, images, error, narrowed, extremes)
 
     def _watch(self, watch: Watch, batches: Sequence[Tensor]) -> int:
         """Let `watch` see images until ranges settle; returns how many."""
@@ -195,6 +196,7 @@ class Quantized:
         method: how its ranges were found, from `images` images.
         error: energy of the change of the logits over that of their differences between classes, on held-out images.
         narrowed: layer -> channels whose steps are wider so that 16-bit sums do not clip.
+        seen: tensor -> the least and greatest value on calibration images.
         equalized: tensors whose channels were equalized.
     """
 
@@ -206,6 +208,7 @@ class Quantized:
     images: int
     error: float
     narrowed: dict[str, int]
+    seen: dict[str, tuple[float, float]]
     equalized: int = 0
 
 

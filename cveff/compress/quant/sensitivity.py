@@ -82,7 +82,10 @@ class _Prices(fx.Interpreter):
         self.names = {node: name for name, node in identify(exact).items()}
         self.roundings = roundings
         self.layers = {
-            layer.node: (parameter(rounded, other.weight), parameter(rounded, other.bias))
+            layer.node: (
+                roundings.weights[layer.name](parameter(rounded, other.weight).detach()),
+                parameter(rounded, other.bias),
+            )
             for layer, other in _pairs(exact, rounded)
             if layer.name in roundings.weights
         }
