@@ -13,7 +13,9 @@ import pytest
 import torch
 
 import cveff
-from cveff.export.quantize import quantize_onnx
+from cveff.compress.quant.mixed import as_model
+from cveff.compress.quant.post_training import PostTraining
+from cveff.data.augment import normalize
 from cveff.runtime.input_spec import InputSpec
 from cveff.runtime.preprocess import preprocess
 
@@ -224,7 +226,8 @@ def test_heads_of_a_graph_compute_the_same(tmp_path: Path, benchmark_module) -> 
     model = cveff.create("small_resnet_s", num_classes=10, image_size=16, channels=3)
     source = cveff.export(model, tmp_path / "model.onnx")
     images = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), np.uint8)
-    for path in (source, quantize_onnx(source, tmp_path / "int8.onnx", images)):
+    rounded = PostTraining().quantize(model.module, model.spec.input, [normalize(images, model.spec.input)])
+    for path in (source, cveff.export(as_model(model, rounded), tmp_path / "int8.onnx")):
         logits = [
             choices.open_plain(
                 choices.with_head(path, head),

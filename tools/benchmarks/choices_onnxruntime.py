@@ -12,7 +12,6 @@ from onnx import TensorProto, helper, numpy_helper
 from workshop import THREADS, Opener, Workshop, centred_cosine, run_all
 
 from cveff.export.graph import preprocessing_nodes
-from cveff.export.quantize import quantize_onnx
 from cveff.measure.parity import relative_difference
 from cveff.runtime.engines import open_file
 
@@ -25,9 +24,7 @@ def uint8_input(workshop: Workshop) -> dict[str, Any]:
     """One graph with four heads: normalised outside, and three ways to write normalisation inside."""
     name = "mobilenetv3_small_100"
     images = workshop.held_out(name)[:1]
-    int8 = quantize_onnx(
-        workshop.exported(name), workshop.folder / f"{name}.heads.int8.onnx", workshop.calibration(name)
-    )
+    int8 = workshop.rounded(name)
     found: dict[str, Any] = {"model": name, "engines": {}}
     for label, source, opens in (
         ("ONNX Runtime fp32", workshop.exported(name), open_plain),
@@ -168,13 +165,13 @@ def rows_of_three(workshop: Workshop) -> dict[str, Any]:
 
 
 def int8(workshop: Workshop) -> dict[str, Any]:
-    """`quantize_onnx` against `quant_pre_process` and `quantize_static` on a plain export."""
+    """Our int8 against `quant_pre_process` and `quantize_static` on a plain export."""
     found: dict[str, Any] = {"models": {}}
     for name in workshop.some(MODELS):
         spec = workshop.model(name).spec.input
         calibration, held_out = workshop.calibration(name), workshop.held_out(name)
         floats = peers.normalised(calibration, spec)
-        ours = quantize_onnx(workshop.exported(name), workshop.folder / f"{name}.int8.onnx", calibration)
+        ours = workshop.rounded(name)
         plain = workshop.plain(name)
         peer = {TOOLS: peers.onnxruntime_int8(plain, workshop.folder / f"{name}.tool.onnx", floats)}
         if not name.startswith("vit"):
