@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from cveff.compress.analysis import light_copy
+from cveff.compress.blocks import macs
 from cveff.compress.groups import Analysis
 from cveff.compress.latency_model import LatencyModel
 from cveff.compress.sensitivity import Cost
@@ -24,6 +25,8 @@ CLOSE = 0.03
 OVER = 0.01
 """How far above the goal a measured latency may be: what two measurements of one file differ by."""
 ATTEMPTS = 8
+ARITHMETIC = 0.2
+"""Weight of the share of operations that is left, beside predicted time, where that alone finds nothing more to cut."""
 BUSY = 0.3
 """Cores that others keep busy past which a warning is due: an engine's threads wait for the slowest of them."""
 
@@ -73,45 +76,71 @@ class LatencyGoal:
                 "may mislead"
             )
         whole = self.predict(trace(self._reference.module, self._reference.spec.input))
-        wanted, low, high = share * whole, 0.0, whole  # predicted milliseconds, and what brackets them
-        best: tuple[float, dict[str, int]] | None = None
         tried: dict[tuple[int, ...], float] = {}
+        best = self._search(counts_for, self._cost, whole, share, tried)
+        if best is None:
+            # Where the table sees nothing left to save, arithmetic still may, which the measurement then tells.
+            operations = max(macs(self._analysis.trace), 1)
+
+            def blended(counts: Mapping[str, int]) -> float:
+                left = macs(self._analysis.trace, self._sizes.shapes(counts)) / operations
+                return self._cost(counts) + ARITHMETIC * whole * left
+
+            best = self._search(counts_for, blended, (1 + ARITHMETIC) * whole, share, tried)
+            if best is None:
+                counts = counts_for(blended, 0.0)  # as small as it gets
+                measured = self._measure(counts)
+                least = min(measured, *tried.values())
+                if measured > share * (1 + OVER):
+                    raise StepError(
+                        f"{share:.3g} of the model's latency cannot be reached by taking channels out: the least is "
+                        f"{least:.3g} ({least * self._milliseconds:.3g} ms); lower min_fraction, allow depth=True, or "
+                        "ask for less"
+                    )
+                best = counts
+        return best
+
+    def _search(
+        self,
+        counts_for: Callable[[Cost, float], dict[str, int]],
+        cost: Cost,
+        whole: float,
+        share: float,
+        tried: dict[tuple[int, ...], float],
+    ) -> dict[str, int] | None:
+        """The largest network tried that keeps to `share`; None: by `cost` nothing that small could be made.
+
+        Args:
+            whole: what `cost` gives for the reference.
+            tried: counts -> what they measured; added to.
+        """
+        wanted: float | None = share * whole
+        low, high = (0.0, 0.0), (whole, 1.0)  # in `cost`'s unit, and measured
+        best: tuple[float, dict[str, int]] | None = None
         for attempt in range(ATTEMPTS):
-            counts = counts_for(self._cost, wanted)
-            key = tuple(counts.values())
-            if key in tried:
+            if wanted is None:
                 break
-            measured = tried[key] = self._measure(counts)
-            self._progress.message(
-                f"attempt {attempt + 1}: {100 * measured:.1f}% of the latency measured, {100 * share:.1f}% wanted"
-            )
+            counts = counts_for(cost, wanted)
+            key = tuple(counts.values())
+            if key not in tried:
+                tried[key] = self._measure(counts)
+                self._progress.message(
+                    f"attempt {attempt + 1}: {100 * tried[key]:.1f}% of the latency measured, "
+                    f"{100 * share:.1f}% wanted"
+                )
+            measured, reached = tried[key], cost(counts)
             if measured <= share * (1 + OVER):
                 if best is None or measured > best[0]:
                     best = (measured, counts)
                 if measured >= share * (1 - CLOSE):
                     break
-                low = max(low, wanted)
+                low = max(low, (max(wanted, reached), measured))
             else:
-                if self._cost(counts) > wanted * 1.001:
+                if reached > wanted * 1.001:
                     break  # nothing more can go
-                high = min(high, wanted)
-            wanted = self._next(wanted * share * (1 - CLOSE / 3) / measured, low, high)
-        if best is None:
-            counts = counts_for(self._cost, 0.0)  # as small as it gets
-            least = min([self._measure(counts), *tried.values()])
-            if least > share * (1 + OVER):
-                raise StepError(
-                    f"{share:.3g} of the model's latency cannot be reached by taking channels out: the least is "
-                    f"{least:.3g} ({least * self._milliseconds:.3g} ms); lower min_fraction, allow depth=True, or "
-                    "ask for less"
-                )
-            best = (least, counts)
-        return best[1]
-
-    def _next(self, wanted: float, low: float, high: float) -> float:
-        """The proposed prediction, kept inside what has been bracketed."""
-        margin = 0.05 * (high - low)
-        return float(np.clip(wanted, low + margin, high - margin))
+                high = min(high, (wanted, measured))
+            wanted = _between(low, high, share * (1 - CLOSE / 3))
+        return None if best is None else best[1]
 
     def predict(self, network: Trace) -> float:
         """Milliseconds of a traced network, by the blocks' table."""
@@ -128,3 +157,13 @@ class LatencyGoal:
         times = self._timer.milliseconds({"reference": self._reference, "pruned": small})
         self._milliseconds = times["reference"]
         return times["pruned"] / times["reference"]
+
+
+def _between(low: tuple[float, float], high: tuple[float, float], goal: float) -> float | None:
+    """Where a line through both ends, (cost, measured), meets `goal`, kept off the ends; None: there is no room."""
+    room = high[0] - low[0]
+    if room <= 1e-3 * high[0]:
+        return None
+    rise = high[1] - low[1]
+    share = (goal - low[1]) / rise if rise > 0 else 0.5
+    return low[0] + room * float(np.clip(share, 0.05, 0.95))

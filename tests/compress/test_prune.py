@@ -148,6 +148,21 @@ def test_an_unreachable_latency_says_what_can_be_reached(
         cveff.apply(trained, Prune(latency=0.5, images=64), data=data, timer=timer)
 
 
+def test_where_the_table_sees_nothing_to_save_arithmetic_is_cut_and_measured(
+    trained: Model, data: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Times of tiny kernels hardly depend on their widths: a table of them may be flat where a network is not."""
+
+    class Flat:
+        def predict(self, trace: Any, shapes: Any = None) -> float:
+            return 1.0
+
+    timer = MacsTimer()
+    monkeypatch.setattr(LatencyGoal, "make_predictor", staticmethod(lambda timer: Flat()))
+    small = cveff.apply(trained, Prune(latency=0.5, round_to=2), data=data, target="edge-cpu", timer=timer)
+    assert 0.45 <= flops(small) / flops(trained) <= 0.505
+
+
 def test_an_unreachable_count_says_what_can_be_reached(trained: Model, data: Data) -> None:
     with pytest.raises(StepError, match=r"cannot be reached.*is left"):
         cveff.apply(trained, Prune(macs=0.01, images=64, min_fraction=0.5), data=data)
