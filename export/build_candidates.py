@@ -10,6 +10,7 @@ from typing import Any
 
 from cveff.errors import CveffError, EngineError, ExportError, MissingDependencyError
 from cveff.export.candidates import Candidate
+from cveff.export.clipping import Clipping
 from cveff.export.int8 import Int8
 from cveff.measure.size import size_bytes
 from cveff.progress import Progress
@@ -49,9 +50,14 @@ def build_candidates(source: Path, target: Target, int8: Int8, folder: Path, pro
     for engine, precision in progress.track(pairs, "building candidates", len(pairs)):
         candidate = Candidate(engine, precision, threads=target.num_threads)
         try:
-            path, options = _build(engine, precision, source, int8, folder)
+            path, options = _build(engine, precision, source, target, int8, folder)
             candidate = replace(
-                candidate, file=path.name, path=path, options=options, size_bytes=size_bytes(path)
+                candidate,
+                file=path.name,
+                path=path,
+                options=options,
+                size_bytes=size_bytes(path),
+                saturation=_clipping(engine, precision, int8),
             )
             sessions[candidate.name] = open_file(engine, path, threads=candidate.threads, options=options)
         except CveffError as error:
@@ -70,7 +76,7 @@ def model_files(candidate: Candidate, folder: Path) -> dict[str, Path]:
 
 
 def _build(
-    engine: str, precision: str, source: Path, int8: Int8, folder: Path
+    engine: str, precision: str, source: Path, target: Target, int8: Int8, folder: Path
 ) -> tuple[Path, dict[str, Any]]:
     """The candidate's file (built unless it is there already) and the engine's options."""
     if engine not in available_engines():
@@ -82,6 +88,11 @@ def _build(
     is_bf16 = precision.endswith("bf16")
     if is_bf16 and not _BF16_ISA.intersection(isa()):
         raise EngineError("this processor has no bfloat16 arithmetic")
+    if is_bf16 and not _BF16_ISA.intersection(target.instruction_sets):
+        raise EngineError(
+            f"target {target.name} has no bfloat16 arithmetic: its instructions are "
+            f"{', '.join(target.instruction_sets) or 'none'}"
+        )
     stored = precision.removesuffix("-bf16")
     _check_given(int8, stored)
     path = folder / (f"model.{stored}.xml" if stored.startswith("int8") else "model.xml")
@@ -89,7 +100,9 @@ def _build(
         if stored.startswith("int8") and not int8.is_given:
             # Zero points keep more of signed activations and cost time on some networks: both are built and timed.
             preset: Preset = "mixed" if stored == "int8-asymmetric" else "performance"
-            quantize_openvino(int8.rounded_weights(), path, int8.calibration, preset=preset)
+            quantize_openvino(
+                int8.rounded_weights(), path, int8.calibration, preset=preset, half_range=int8.clips
+            )
         else:
             convert(source, path)
     return path, {"inference_precision": "bf16" if is_bf16 else "f32"}
@@ -100,6 +113,15 @@ def _build_onnx(precision: str, source: Path, int8: Int8) -> Path:
         raise ExportError(f"ONNX Runtime's CPU engine does not compute in {precision}")
     _check_given(int8, precision)
     return int8.onnx() if precision == "int8" and not int8.is_given else source
+
+
+def _clipping(engine: str, precision: str, int8: Int8) -> Clipping | None:
+    """What was done against sums that clip; None for floats, and where the target does not clip."""
+    if not int8.clips or not precision.startswith("int8"):
+        return None
+    if engine == "openvino" and not int8.is_given:
+        return Clipping("half_range")
+    return int8.clipping()
 
 
 def _check_given(int8: Int8, precision: str) -> None:

@@ -28,6 +28,7 @@ from cveff.export.onnx import export
 from cveff.export.report import render
 from cveff.model import Model, load
 from cveff.progress import Progress, Silent
+from cveff.runtime.machine import saturates
 from cveff.runtime.manifest import read_manifest
 from cveff.target import Target, load_target
 
@@ -135,7 +136,8 @@ def deploy(
         shipped, warnings = _merge_branches(original)
         progress.message(f"exporting {original.spec.architecture} to ONNX")
         export(shipped, work / ONNX)
-        int8 = Int8(shipped, images.calibration, work, seed=seed, progress=progress)
+        clips = saturates(target.instruction_sets)
+        int8 = Int8(shipped, images.calibration, work, clips=clips, seed=seed, progress=progress)
         measured = measure(original, int8, images, target, max_accuracy_drop, work, seed, progress)
         manifest = deployment_manifest(name, shipped, images, target, max_accuracy_drop, measured)
         manifest["recipe"] = dict(recipe) if recipe is not None else {"deploy": settings}

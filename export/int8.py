@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from cveff.compress.quant.network import QuantizedGraph, is_quantized
 from cveff.compress.quant.post_training import PostTraining, Quantized
 from cveff.compress.quant.ranges import rounding_off
-from cveff.compress.quant.saturation import saturates
+from cveff.compress.quant.saturation import predict_saturation
 from cveff.data.augment import normalize
 from cveff.errors import ExportError
+from cveff.export.clipping import Clipping
 from cveff.export.onnx import export
 from cveff.model import Model, with_module
 from cveff.progress import Progress, Silent
@@ -28,14 +31,17 @@ class Int8:
         model: its branches merged; left as it is. One that is quantized already is written as it is.
         images: (N, H, W, C) uint8 to calibrate on; None where no file in integers is wanted.
         folder: where files are written.
+        clips: whether the device's integer kernels clip 16-bit sums (x86 without VNNI): channels are narrowed then.
     """
 
     model: Model
     images: np.ndarray | None
     folder: Path
+    clips: bool = False
     seed: int = 0
     progress: Progress = field(default_factory=Silent)
     _found: Quantized | None = field(default=None, init=False, repr=False)
+    _clipping: Clipping | None = field(default=None, init=False, repr=False)
 
     @property
     def is_given(self) -> bool:
@@ -76,10 +82,26 @@ class Int8:
                 export(Model(self.model.spec, found.graph), path)
         return path
 
+    def clipping(self) -> Clipping | None:
+        """What clips in the rounded network, predicted from the images; None where the device does not clip.
+
+        Raises:
+            ExportError, StepError: as `onnx`.
+        """
+        if self._clipping is None and self.clips:
+            graph: Any = self.model.module if self.is_given else self._quantized().graph
+            left = predict_saturation(graph, self._batches(), seed=self.seed)
+            narrowed = {} if self.is_given else self._quantized().narrowed
+            self._clipping = Clipping.of(
+                "none" if self.is_given else "narrow", narrowed, left, len(self.calibration)
+            )
+        return self._clipping
+
+    def _batches(self) -> list[Tensor]:
+        return list(normalize(self.calibration, self.model.spec.input).split(BATCH))
+
     def _quantized(self) -> Quantized:
         if self._found is None:
-            spec = self.model.spec.input
-            batches = normalize(self.calibration, spec).split(BATCH)
-            work = PostTraining(narrow=saturates(), seed=self.seed, progress=self.progress)
-            self._found = work.quantize(self.model.module, spec, list(batches))
+            work = PostTraining(narrow=self.clips, seed=self.seed, progress=self.progress)
+            self._found = work.quantize(self.model.module, self.model.spec.input, self._batches())
         return self._found

@@ -16,15 +16,8 @@ import torch
 from torch import Tensor, fx
 
 from cveff.compress.quant.layers import Layer, find_layers, input_rounding, observe, weight_rounding
-from cveff.runtime.machine import isa
 
 LIMIT = 32767
-
-
-def saturates() -> bool:
-    """Whether this is an x86 processor whose integer kernels clip."""
-    own = isa()
-    return "avx2" in own and not {"avx_vnni", "avx512_vnni"}.intersection(own)
 
 
 @dataclass(frozen=True)
