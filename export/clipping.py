@@ -19,7 +19,7 @@ class Clipping:
         images: that it was predicted from; 0 where nothing had to be.
         narrowed: channels with wider steps, in `layers` layers.
         clipping: channels whose sums still clip somewhere.
-        costly: those of them that lose more by it than wider steps would cost.
+        severe: those of them that lose more by it than weights of 7 bits, whose sums cannot clip, would cost.
     """
 
     guard: Literal["narrow", "half_range", "none"]
@@ -27,7 +27,7 @@ class Clipping:
     narrowed: int = 0
     layers: int = 0
     clipping: int = 0
-    costly: int = 0
+    severe: int = 0
 
     @classmethod
     def of(
@@ -44,7 +44,7 @@ class Clipping:
             narrowed=sum(narrowed.values()),
             layers=len(narrowed),
             clipping=sum(layer.channels for layer in left.values()),
-            costly=sum(int(layer.costs.sum()) for layer in left.values()),
+            severe=sum(int(layer.severe.sum()) for layer in left.values()),
         )
 
     def to_json(self) -> dict[str, Any]:

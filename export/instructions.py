@@ -57,9 +57,9 @@ def _unmeasured(clipping: Clipping) -> str:
         if clipping.guard == "narrow"
         else f"it came in quantized, and {_count(clipping.clipping)} clip"
     )
-    if clipping.costly:
+    if clipping.severe:
         what += (
-            f", {clipping.costly} of them at a loss: its answers may be wrong there; quantize the float model for "
+            f", {clipping.severe} of them badly: its answers may be wrong there; quantize the float model for "
             "this target"
         )
     return (

@@ -60,8 +60,8 @@ class ModelFile:
 
     @property
     def is_guarded(self) -> bool:
-        """Whether the file was made for kernels that clip, and no channel was predicted to suffer from them."""
-        return self.saturation is not None and not self.saturation["costly"]
+        """Whether the file was made for kernels that clip, and no channel was predicted to lose much by them."""
+        return self.saturation is not None and not self.saturation["severe"]
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
@@ -249,7 +249,7 @@ def _model_file(entry: Any, where: str) -> ModelFile:
 
 def _saturation(entry: Mapping[str, Any], where: str) -> dict[str, Any]:
     values: dict[str, Any] = _value(entry, "saturation", dict, where)
-    _value(values, "costly", int, f"{where}.saturation")
+    _value(values, "severe", int, f"{where}.saturation")
     return values
 
 

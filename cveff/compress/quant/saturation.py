@@ -51,6 +51,11 @@ class Saturation:
         """(outputs,) bool: clipping adds more than steps `excess` times as wide would."""
         return (self.excess > 1) & (self.noise > (self.excess.square() - 1) * self.rounding)
 
+    @property
+    def severe(self) -> Tensor:
+        """(outputs,) bool: clipping adds more than steps twice as wide would, with which nothing can clip."""
+        return self.noise > 3 * self.rounding
+
 
 @torch.no_grad()
 def predict_saturation(
