@@ -10,6 +10,7 @@ from typing import Any
 
 from cveff.errors import CveffError, EngineError, ExportError, MissingDependencyError
 from cveff.export.candidates import Candidate
+from cveff.export.clipping import Clipping
 from cveff.export.int8 import Int8, NotWorthwhileError
 from cveff.measure.size import size_bytes
 from cveff.progress import Progress
@@ -57,6 +58,7 @@ def build_candidates(source: Path, target: Target, int8: Int8, folder: Path, pro
                 options=options,
                 size_bytes=size_bytes(path),
                 rounding=int8.described(path),
+                saturation=_clipping(engine, precision, path, int8),
             )
             sessions[candidate.name] = open_file(engine, path, threads=candidate.threads, options=options)
         except CveffError as error:
@@ -87,6 +89,11 @@ def _build(
     is_bf16 = precision.endswith("bf16")
     if is_bf16 and not _BF16_ISA.intersection(isa()):
         raise EngineError("this processor has no bfloat16 arithmetic")
+    if is_bf16 and not _BF16_ISA.intersection(target.instruction_sets):
+        raise EngineError(
+            f"target {target.name} has no bfloat16 arithmetic: its instructions are "
+            f"{', '.join(target.instruction_sets) or 'none'}"
+        )
     stored = precision.removesuffix("-bf16")
     _check_given(int8, stored)
     path = folder / (f"model.{stored}.xml" if stored.startswith("int8") else "model.xml")
@@ -94,7 +101,9 @@ def _build(
         if stored.startswith("int8") and not int8.is_given:
             # Zero points keep more of signed activations and cost time on some networks: both are built and timed.
             preset: Preset = "mixed" if stored == "int8-asymmetric" else "performance"
-            quantize_openvino(int8.rounded_weights(), path, int8.calibration, preset=preset)
+            quantize_openvino(
+                int8.rounded_weights(), path, int8.calibration, preset=preset, half_range=int8.clips
+            )
         else:
             convert(source, path)
     return path, {"inference_precision": "bf16" if is_bf16 else "f32"}
@@ -107,6 +116,15 @@ def _build_onnx(precision: str, source: Path, int8: Int8, target: Target) -> Pat
     if precision == "fp32" or int8.is_given:
         return source
     return int8.mixed(target) if precision == "int8-mixed" else int8.onnx()
+
+
+def _clipping(engine: str, precision: str, path: Path, int8: Int8) -> Clipping | None:
+    """What was done against sums that clip; None for floats, and where the target does not clip."""
+    if not int8.clips or not precision.startswith("int8"):
+        return None
+    if engine == "openvino" and not int8.is_given:
+        return Clipping("half_range")
+    return int8.clipping(path)
 
 
 def _check_given(int8: Int8, precision: str) -> None:

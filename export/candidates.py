@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cveff.errors import TargetError
+from cveff.export.clipping import Clipping
 from cveff.measure.latency import Latency, Ratio, paired_ratio
 
 SAME_RATIO = 1.01
@@ -41,6 +42,7 @@ class Candidate:
         meaning_gap: for int8 on ONNX Runtime, the engine's answers against the file computed as written.
         rounding: for int8 that cveff made itself: every layer's precision, range and cost
             (`cveff.compress.quant.describe`).
+        saturation: for int8 and a target whose integer kernels clip, what was done about it.
         error: why it could not be built or run; "" when it could.
         chosen, rejected, why: the decision and its reason, filled in by `choose`. A candidate that is neither
             chosen nor rejected kept to the limits and lost on time.
@@ -60,6 +62,7 @@ class Candidate:
     peak_rss_bytes: int | None = None
     meaning_gap: Mapping[str, Any] | None = None
     rounding: Mapping[str, Any] | None = None
+    saturation: Clipping | None = None
     error: str = ""
     chosen: bool = False
     rejected: bool = False
@@ -84,6 +87,7 @@ class Candidate:
             "peak_rss_bytes": self.peak_rss_bytes,
             "meaning_gap": dict(self.meaning_gap) if self.meaning_gap is not None else None,
             "rounding": dict(self.rounding) if self.rounding is not None else None,
+            **({} if self.saturation is None else {"saturation": self.saturation.to_json()}),
             "chosen": self.chosen,
             "rejected": self.rejected,
             "why": self.why,

@@ -28,6 +28,7 @@ from cveff.export.onnx import export
 from cveff.export.report import render
 from cveff.model import Model, load
 from cveff.progress import Progress, Silent
+from cveff.runtime.machine import saturates
 from cveff.runtime.manifest import read_manifest
 from cveff.target import Target, load_target
 
@@ -141,6 +142,7 @@ def deploy(
             work,
             images.selection,
             max_accuracy_drop,
+            clips=saturates(target.instruction_sets),
             seed=seed,
             progress=progress,
         )

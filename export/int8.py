@@ -16,10 +16,11 @@ from cveff.compress.quant.network import is_quantized
 from cveff.compress.quant.points import Points
 from cveff.compress.quant.post_training import PostTraining, Quantized
 from cveff.compress.quant.ranges import rounding_off
-from cveff.compress.quant.saturation import saturates
+from cveff.compress.quant.saturation import predict_saturation
 from cveff.data.augment import normalize
 from cveff.data.dataset import Split
 from cveff.errors import ExportError
+from cveff.export.clipping import Clipping
 from cveff.export.onnx import export
 from cveff.export.timer import EngineTimer
 from cveff.model import Model
@@ -45,6 +46,7 @@ class Int8:
         folder: where files are written.
         selection: images that mixed precision is chosen by.
         max_accuracy_drop: points on them that it may lose.
+        clips: whether the device's integer kernels clip 16-bit sums (x86 without VNNI): channels are narrowed then.
     """
 
     model: Model
@@ -52,9 +54,11 @@ class Int8:
     folder: Path
     selection: Split
     max_accuracy_drop: float
+    clips: bool = False
     seed: int = 0
     progress: Progress = field(default_factory=Silent)
     _found: Quantized | None = field(default=None, init=False, repr=False)
+    _written: dict[Path, Quantized] = field(default_factory=dict, init=False, repr=False)
     _described: dict[Path, dict[str, Any]] = field(default_factory=dict, init=False, repr=False)
 
     @property
@@ -121,8 +125,23 @@ class Int8:
         """What is rounded in a file that this has written with its roundings, and what each costs; else None."""
         return self._described.get(path)
 
+    def clipping(self, path: Path) -> Clipping | None:
+        """What clips in a file that this has written, predicted from the images; None where the device does not clip.
+
+        Raises:
+            ExportError: there are no images.
+        """
+        if not self.clips:
+            return None
+        found = self._written.get(path)
+        graph: Any = self.model.module if found is None else found.graph
+        left = predict_saturation(graph, self._batches(), seed=self.seed)
+        narrowed = {} if found is None else found.narrowed
+        return Clipping.of("none" if self.is_given else "narrow", narrowed, left, len(self.calibration))
+
     def _write(self, path: Path, found: Quantized, mixed: Mixed | None = None) -> Path:
         export(as_model(self.model, found), path)
+        self._written[path] = found
         self._described[path] = describe(found, self._batches()[:DESCRIBED], mixed=mixed, seed=self.seed)
         return path
 
@@ -132,7 +151,7 @@ class Int8:
         return self._found
 
     def _work(self) -> PostTraining:
-        return PostTraining(narrow=saturates(), seed=self.seed, progress=self.progress)
+        return PostTraining(narrow=self.clips, seed=self.seed, progress=self.progress)
 
     def _batches(self) -> list[Tensor]:
         return list(normalize(self.calibration, self.model.spec.input).split(BATCH))

@@ -13,6 +13,7 @@ from cveff.errors import EngineError, StepError
 from cveff.export.build_candidates import ONNX, Built, build_candidates
 from cveff.export.candidates import Candidate, Limits, choose, rejection
 from cveff.export.deploy_checks import Images
+from cveff.export.instructions import instruction_warnings
 from cveff.export.int8 import Int8
 from cveff.export.kernel_gap import gap_warnings, has_kernels, num_gap_images, with_kernel_gap
 from cveff.export.scoring import REFERENCE, Scores, first_images, score, time_all
@@ -107,9 +108,8 @@ def measure(
     if chosen.name not in memories:
         chosen = _with_memory(chosen, batch, target, memories)
         decided = tuple(chosen if candidate.chosen else candidate for candidate in decided)
-    return Measured(
-        decided, chosen, selection, evaluation, timings, memories[chosen.name], gap_warnings(decided)
-    )
+    warnings = (*gap_warnings(decided), *instruction_warnings(target, decided))
+    return Measured(decided, chosen, selection, evaluation, timings, memories[chosen.name], warnings)
 
 
 def _time(

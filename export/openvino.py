@@ -56,6 +56,7 @@ def quantize_openvino(
     transformer: bool | None = None,
     smooth: bool | None = None,
     fast_bias_correction: bool = True,
+    half_range: bool = False,
 ) -> Path:
     """Write an int8 OpenVINO IR made by NNCF's post-training quantization (weights a channel, static activations).
 
@@ -71,6 +72,8 @@ def quantize_openvino(
             dominate and can ruin a network where none do (Swin).
         fast_bias_correction: correct each layer's mean from its own inputs alone; off, from the quantized
             network's: slower, often a little better.
+        half_range: round the weights of every layer to 7 bits: for x86 without VNNI, whose 16-bit
+            sums of 8-bit products clip.
 
     Returns:
         `destination_xml`.
@@ -82,7 +85,7 @@ def quantize_openvino(
     source, destination = Path(source_onnx), _xml(destination_xml)
     proto = read_onnx(source)
     check_calibration(calibration, proto)
-    variants = _settings(proto, preset, transformer, smooth, fast_bias_correction)
+    variants = _settings(proto, preset, transformer, smooth, fast_bias_correction, half_range=half_range)
     models = [_nncf(_read(source), calibration, settings, source) for settings in variants]
     return _save(_closest(models, _read(source), calibration), destination, compress_to_fp16=False)
 
@@ -93,6 +96,7 @@ def _settings(
     transformer: bool | None,
     smooth: bool | None,
     fast_bias_correction: bool,
+    half_range: bool = False,
 ) -> list[dict[str, Any]]:
     """`nncf.quantize`'s arguments; two sets of them where `smooth` is to be decided by trying."""
     if preset is not None and preset not in get_args(Preset):
@@ -115,6 +119,7 @@ def _settings(
             "ignored_scope": nncf.IgnoredScope(names=preprocessing_nodes(proto), validate=False),
             "advanced_parameters": advanced.AdvancedQuantizationParameters(
                 **({} if choice else {"smooth_quant_alphas": off}),
+                **({"overflow_fix": advanced.OverflowFix.ENABLE} if half_range else {}),
             ),
         }
         for choice in choices

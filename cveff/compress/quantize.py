@@ -15,7 +15,6 @@ from cveff.compress.quant.points import Points
 from cveff.compress.quant.post_training import PostTraining, Quantized, WeightRounding
 from cveff.compress.quant.ranges import Method
 from cveff.compress.quant.reduced import reduce_floats
-from cveff.compress.quant.saturation import saturates
 from cveff.compress.quant.weight_choice import is_packed
 from cveff.compress.quant.weight_only import WeightOnly
 from cveff.compress.quant.weight_step import WEIGHT_BITS, round_model_weights
@@ -23,6 +22,7 @@ from cveff.compress.samples import samples
 from cveff.errors import StepError
 from cveff.files import write_json
 from cveff.model import Model
+from cveff.runtime.machine import isa, saturates
 from cveff.steps import Run
 
 MIXED_FILE = "mixed_precision.json"
@@ -52,8 +52,7 @@ class Quantize:
         equalize: move what makes tensors hard to round into the weights around them (cross-layer equalization,
             SmoothQuant); "auto" tries it behind layer norms, and keeps it where the logits change less.
         saturation: "narrow" gives wider steps to channels whose 16-bit sums clip on x86 without VNNI; "ignore" does
-        not;
-            "auto" does if this is such a processor.
+            not; "auto" does if the target is such a processor, or without a target if this one is.
         images: most calibration images; fewer are used once ranges settle.
         exclude: operators that stay in floats, by the names in the report; of weights alone: layers' or modules' paths.
         group_size: of weights alone: inputs that share a scale, 32, 64 or 128.
@@ -133,7 +132,7 @@ class Quantize:
             weight_method=self.weight_method,
             weights=self.weights,
             equalize=self.equalize,
-            narrow=self.saturation == "narrow" or (self.saturation == "auto" and saturates()),
+            narrow=self._narrows(run),
             exclude=self.exclude,
             seed=run.seed,
             progress=run.progress,
@@ -156,6 +155,11 @@ class Quantize:
         if run.folder is not None:
             write_json(run.folder / MIXED_FILE, mixed.to_json())
         return model if mixed.quantized is None else as_model(model, mixed.quantized)
+
+    def _narrows(self, run: Run) -> bool:
+        if self.saturation == "auto":
+            return saturates(isa() if run.target is None else run.target.instruction_sets)
+        return self.saturation == "narrow"
 
     def _images(self, model: Model, run: Run) -> list[Tensor]:
         assert run.data is not None

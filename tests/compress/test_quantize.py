@@ -18,6 +18,8 @@ from cveff.export.normalize import deployable
 from cveff.model import Model
 from cveff.pipeline import evaluate
 from cveff.runtime.engines import open_file
+from cveff.steps import Run
+from cveff.target import Target
 
 ZOO = Path(__file__).parents[2] / "model_zoo" / "weights"
 
@@ -87,6 +89,31 @@ def test_the_model_that_came_in_is_left_as_it_was(trained: Model, quantized: Mod
 def test_a_quantized_model_is_refused(quantized: Model, digits: Data) -> None:
     with pytest.raises(StepError, match="is quantized already"):
         cveff.apply(quantized, Quantize(), data=digits)
+
+
+def test_the_target_decides_whether_channels_are_narrowed(
+    trained: Model, digits: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def weights(saturation: Any, own: list[str], target: tuple[str, ...] | None) -> dict[str, torch.Tensor]:
+        monkeypatch.setattr("cveff.compress.quantize.isa", lambda: own)
+        monkeypatch.setattr("cveff.target.isa", lambda: own)
+        step = Quantize(images=64, method="minmax", weights="nearest", equalize=False, saturation=saturation)
+        device = None if target is None else Target("t", "", (("onnxruntime", "int8"),), instructions=target)
+        return step(cveff.load(ZOO / "digits"), Run(data=digits, target=device)).module.state_dict()
+
+    def equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+        return all(torch.equal(value, second[name]) for name, value in first.items())
+
+    clips, exact = ["avx2", "fma"], ["avx2", "fma", "avx_vnni"]
+    narrowed, ignored = weights("narrow", exact, None), weights("ignore", clips, None)
+    assert not equal(narrowed, ignored)
+    assert equal(weights("auto", exact, tuple(clips)), narrowed), (
+        "built where nothing clips, for where it does"
+    )
+    assert equal(weights("auto", clips, tuple(exact)), ignored)
+    assert equal(weights("auto", clips, ("asimd",)), ignored)
+    assert equal(weights("auto", clips, None), narrowed)
+    assert equal(weights("auto", exact, None), ignored)
 
 
 @pytest.mark.parametrize(

@@ -161,7 +161,7 @@ def test_another_processor_is_noted(deployment: Deployment, tmp_path: Path) -> N
     from cveff.runtime.machine import isa
 
     if isa():
-        assert any("which this one lacks" in note for note in found.notes)
+        assert any("This processor lacks" in note for note in found.notes)
     assert found.ok
 
 

@@ -16,15 +16,8 @@ import torch
 from torch import Tensor, fx
 
 from cveff.compress.quant.layers import Layer, find_layers, input_rounding, observe, weight_rounding
-from cveff.runtime.machine import isa
 
 LIMIT = 32767
-
-
-def saturates() -> bool:
-    """Whether this is an x86 processor whose integer kernels clip."""
-    own = isa()
-    return "avx2" in own and not {"avx_vnni", "avx512_vnni"}.intersection(own)
 
 
 @dataclass(frozen=True)
@@ -57,6 +50,11 @@ class Saturation:
     def costs(self) -> Tensor:
         """(outputs,) bool: clipping adds more than steps `excess` times as wide would."""
         return (self.excess > 1) & (self.noise > (self.excess.square() - 1) * self.rounding)
+
+    @property
+    def severe(self) -> Tensor:
+        """(outputs,) bool: clipping adds more than steps twice as wide would, with which nothing can clip."""
+        return self.noise > 3 * self.rounding
 
 
 @torch.no_grad()
