@@ -62,15 +62,18 @@ def clipping_model(digits_model: Model, digits: Data) -> Model:
 
 
 def test_channels_that_would_clip_are_narrowed_for_a_target_that_clips(
-    clipping_model: Model, calibration: np.ndarray, tmp_path: Path
+    clipping_model: Model, digits: Data, calibration: np.ndarray, tmp_path: Path
 ) -> None:
-    plain = Int8(clipping_model, calibration, tmp_path / "a", clips=False)
-    assert plain.clipping() is None
+    folders = [tmp_path / name for name in "ab"]
+    for folder in folders:
+        folder.mkdir()
+    plain = Int8(clipping_model, calibration, folders[0], digits.val, 1.0, clips=False)
+    assert plain.clipping(plain.onnx()) is None
     batches = list(normalize(calibration, clipping_model.spec.input).split(32))
     unguarded = predict_saturation(plain._quantized().graph, batches)
     assert sum(int(layer.severe.sum()) for layer in unguarded.values()) > 0
-    guarded = Int8(clipping_model, calibration, tmp_path / "b", clips=True)
-    found = guarded.clipping()
+    guarded = Int8(clipping_model, calibration, folders[1], digits.val, 1.0, clips=True)
+    found = guarded.clipping(guarded.onnx())
     assert found is not None and found.guard == "narrow" and found.images == 64
     assert 1 <= found.layers <= found.narrowed
     assert found.severe == 0
@@ -83,7 +86,8 @@ def test_a_model_that_came_in_quantized_is_only_predicted(
     settings: dict[str, Any] = {"images": 64, "method": "minmax", "weights": "nearest", "equalize": False}
     for saturation, is_severe in (("ignore", True), ("narrow", False)):
         model = cveff.apply(clipping_model, Quantize(saturation=saturation, **settings), data=digits)
-        found = Int8(model, calibration, tmp_path, clips=True).clipping()
+        int8 = Int8(model, calibration, tmp_path, digits.val, 1.0, clips=True)
+        found = int8.clipping(tmp_path / "model.onnx")
         assert found is not None and (found.guard, found.narrowed, found.layers) == ("none", 0, 0)
         assert (found.severe > 0) is is_severe
 

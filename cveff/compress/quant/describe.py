@@ -58,7 +58,7 @@ def describe(
                 "name": name,
                 "low": (rounding.grid.low - zero) * scale,
                 "high": (rounding.grid.high - zero) * scale,
-                "seen": list(found.seen[name]) if name in found.seen else None,
+                "seen": list(found.extremes[name]) if name in found.extremes else None,
                 **_cost(costs.tensors.get(name)),
             }
         )

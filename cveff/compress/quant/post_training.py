@@ -196,7 +196,7 @@ class Quantized:
         method: how its ranges were found, from `images` images.
         error: energy of the change of the logits over that of their differences between classes, on held-out images.
         narrowed: layer -> channels whose steps are wider so that 16-bit sums do not clip.
-        seen: tensor -> the least and greatest value on calibration images.
+        extremes: tensor -> the least and greatest value on calibration images.
         equalized: tensors whose channels were equalized.
     """
 
@@ -208,7 +208,7 @@ class Quantized:
     images: int
     error: float
     narrowed: dict[str, int]
-    seen: dict[str, tuple[float, float]]
+    extremes: dict[str, tuple[float, float]]
     equalized: int = 0
 
 
