@@ -11,6 +11,7 @@ from cveff.compress.quant.network import QuantizedGraph, is_quantized
 from cveff.compress.quant.post_training import PostTraining, Quantized
 from cveff.compress.quant.ranges import rounding_off
 from cveff.compress.quant.saturation import saturates
+from cveff.compress.samples import mixed
 from cveff.data.augment import normalize
 from cveff.errors import ExportError
 from cveff.export.onnx import export
@@ -79,7 +80,7 @@ class Int8:
     def _quantized(self) -> Quantized:
         if self._found is None:
             spec = self.model.spec.input
-            batches = normalize(self.calibration, spec).split(BATCH)
+            batches = mixed(normalize(self.calibration, spec), BATCH, self.seed)
             work = PostTraining(narrow=saturates(), seed=self.seed, progress=self.progress)
-            self._found = work.quantize(self.model.module, spec, list(batches))
+            self._found = work.quantize(self.model.module, spec, batches)
         return self._found

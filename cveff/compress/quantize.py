@@ -3,33 +3,37 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar, Literal, get_args
-
-from torch import Tensor
 
 from cveff.backbones.reparameterize import Reparameterize, has_branches
 from cveff.compress.quant.network import QuantizedGraph, is_cast, is_quantized
 from cveff.compress.quant.placement import Scheme
-from cveff.compress.quant.post_training import PostTraining, WeightRounding
+from cveff.compress.quant.post_training import PostTraining, Quantized, WeightRounding
 from cveff.compress.quant.ranges import Method
 from cveff.compress.quant.reduced import reduce_floats
+from cveff.compress.quant.report import Calibration
 from cveff.compress.quant.saturation import saturates
 from cveff.compress.quant.weight_choice import is_packed
 from cveff.compress.quant.weight_only import WeightOnly
 from cveff.compress.quant.weight_step import WEIGHT_BITS, round_model_weights
-from cveff.compress.samples import samples
+from cveff.compress.samples import calibration_batches
+from cveff.data.dataset import Split
+from cveff.data.loading import load_images
 from cveff.errors import StepError
 from cveff.model import Model, with_module
 from cveff.steps import Run
 
 Precision = Literal["int8", "int8-weights", "int4-weights", "fp16", "bf16", "fp8"]
 
+TRAINABLE: tuple[Precision, ...] = ("int8", "fp8")
+"""Precisions whose roundings a `train` or `distill` step trains through."""
+
 
 @dataclass(frozen=True)
 class Quantize:
-    """Post-training quantization; followed by a `distill` or `train` step it becomes quantization-aware training.
-
-    The model that comes out computes in PyTorch what its exported file says: rounding included.
+    """Post-training quantization; followed by a `distill` or `train` step it becomes quantization-aware training. The
+    model that comes out computes in PyTorch what its exported file says: rounding included.
 
     Attributes:
         precision: "int8": weights and activations; "fp16", "bf16": all but what needs float32; "fp8": what "tensorrt"
@@ -44,10 +48,12 @@ class Quantize:
         equalize: move what makes tensors hard to round into the weights around them (cross-layer equalization,
             SmoothQuant); "auto" tries it behind layer norms, and keeps it where the logits change less.
         saturation: "narrow" gives wider steps to channels whose 16-bit sums clip on x86 without VNNI; "ignore" does
-        not;
-            "auto" does if this is such a processor.
-        images: most calibration images; fewer are used once ranges settle.
-        exclude: operators that stay in floats, by the names in the report; of weights alone: layers' or modules' paths.
+            not; "auto" does if this is such a processor.
+        images: most calibration images, in equal parts of every class where there are labels; fewer are used once
+            ranges settle, and a quarter is for choosing only.
+        calibration: a folder of images, labels not needed; by default the training images.
+        exclude: operators that stay in floats, by names such as "stem.conv:conv2d:0" (a name that is wrong is answered
+            with those that come close); of weights alone: layers' or modules' paths.
         group_size: of weights alone: inputs that share a scale, 32, 64 or 128.
         symmetric: of weights alone: no zero points.
 
@@ -66,9 +72,10 @@ class Quantize:
     exclude: tuple[str, ...] = ()
     group_size: int = 64
     symmetric: bool = False
+    calibration: Path | None = None
 
     kind: ClassVar[str] = "quantize"
-    requires: ClassVar[tuple[str, ...]] = ("data",)
+    requires: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -95,21 +102,66 @@ class Quantize:
         bits = WEIGHT_BITS[self.precision]
         return WeightOnly(bits, self.group_size, self.symmetric, self.weights, self.exclude)  # type: ignore[arg-type]
 
+    @property
+    def needs_images(self) -> bool:
+        """Whether calibration images are looked at."""
+        return self.precision not in WEIGHT_BITS or self.weights != "nearest"
+
+    def check_run(self, run: Run) -> None:
+        """
+        Raises:
+            StepError: there are no images to calibrate with.
+        """
+        if not self.needs_images:
+            return
+        if self.calibration is not None:
+            if not Path(self.calibration).is_dir():
+                raise StepError(
+                    f"quantize.calibration {self.calibration} is not a folder; give a folder of images"
+                )
+            return
+        if run.data is None:
+            raise StepError(
+                "Quantize needs data; pass data=… to cveff.apply, or Quantize(calibration=FOLDER) for images without "
+                "labels"
+            )
+        if run.data.train is None:
+            raise StepError(
+                f"{run.data.name} has no training images to calibrate with; give data that has, or a folder of images "
+                "(calibration)"
+            )
+
     def __call__(self, model: Model, run: Run) -> Model:
+        """As `quantized`, without what was found out."""
+        return self.quantized(model, run)[0]
+
+    def quantized(self, model: Model, run: Run) -> tuple[Model, Calibration]:
         """Merge branches, fold batch norms, place the roundings, find their steps and round the weights.
+
+        Returns:
+            the rounded model, and what its calibration images said.
 
         Raises:
             StepError: the model is quantized already, cannot be captured, or overflows on the calibration images.
+            DataError, ImageError, InputSizeError: no calibration images, or such as the model cannot take.
         """
-        if self.precision in WEIGHT_BITS:
-            return round_model_weights(model, run, self.weights_alone, self.images)
         if is_quantized(model.module) or is_cast(model.module) or is_packed(model.module):
             raise StepError(f"{model.spec.architecture} is quantized already; start from the float model")
+        self.check_run(run)
+        if self.precision in WEIGHT_BITS:
+            split = self._split(run) if self.needs_images else None
+            done = round_model_weights(model, run, self.weights_alone, self.images, split)
+            used = Calibration() if split is None else Calibration(split.name, min(self.images, len(split)))
+            return done, used
         if has_branches(model.module):
             model = Reparameterize()(model, run)
-        images = self._images(model, run)
+        split = self._split(run)
+        images = calibration_batches(split, model.spec.input, self.images, seed=run.seed)
+        count = sum(map(len, images))
         if self.precision in ("fp16", "bf16", "fp8"):
-            return reduce_floats(model, self.precision, images, self.exclude, run.progress)
+            method = "minmax" if self.precision == "fp8" else None
+            reduced = reduce_floats(model, self.precision, images, self.exclude, run.progress)
+            return reduced, Calibration(split.name, count, method)
         found = PostTraining(
             scheme=self.scheme,
             method=self.method,
@@ -121,13 +173,25 @@ class Quantize:
             seed=run.seed,
             progress=run.progress,
         ).quantize(model.module, model.spec.input, images)
-        return with_module(model, found.graph, QuantizedGraph.of(model.spec.input, found.placement))
+        edit = QuantizedGraph.of(model.spec.input, found.placement)
+        return with_module(model, found.graph, edit), _described(split.name, found)
 
-    def _images(self, model: Model, run: Run) -> list[Tensor]:
+    def _split(self, run: Run) -> Split:
+        if self.calibration is not None:
+            return load_images(self.calibration, progress=run.progress)
         assert run.data is not None
-        if run.data.train is None:
-            raise StepError(
-                f"{run.data.name} has no training images to calibrate with; give data that has, or a folder of images"
-            )
-        found = samples(run.data.train, model.spec.input, self.images, seed=run.seed)
-        return [images for images, _ in found]
+        assert run.data.train is not None
+        return run.data.train
+
+
+def _described(source: str, found: Quantized) -> Calibration:
+    return Calibration(
+        source=source,
+        images=found.seen.images,
+        method=found.method,
+        error=found.error,
+        equalized=found.equalized,
+        narrowed=tuple(found.narrowed.items()),
+        moved=found.seen.moved,
+        unmoved=found.seen.unmoved,
+    )
