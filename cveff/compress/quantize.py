@@ -29,6 +29,16 @@ Precision = Literal["int8", "int8-weights", "int4-weights", "fp16", "bf16", "fp8
 TRAINABLE: tuple[Precision, ...] = ("int8", "fp8")
 """Precisions whose roundings a `train` or `distill` step trains through."""
 
+HEEDED: dict[Precision, tuple[str, ...]] = {
+    "int8": ("scheme", "method", "weight_method", "weights", "equalize", "saturation"),
+    "int8-weights": ("weights", "group_size", "symmetric"),
+    "int4-weights": ("weights", "group_size", "symmetric"),
+    "fp16": (),
+    "bf16": (),
+    "fp8": (),
+}
+"""Settings that a precision takes notice of; all do of `images`, `exclude` and `calibration`."""
+
 
 @dataclass(frozen=True)
 class Quantize:
