@@ -72,17 +72,14 @@ def measure(
         try:
             predictors["file"] = stack.enter_context(open_file("onnxruntime", file, threads=0))
         except EngineError as error:
-            warnings.append(
-                f"ONNX Runtime does not open the file here, so PyTorch's figures are given: {error}"
-            )
+            reason = first_line(error).replace(str(file), file.name)
+            warnings.append(f"{reason}; so PyTorch's figures are given")
         scores = score(predictors, split, model.spec.input, progress, f"scoring on {split.name}")
     for name in ("float", "rounded"):
         if name in scores.errors:
             raise EngineError(f"the {name} network {scores.errors[name]}")
     if "file" in scores.errors:
-        warnings.append(
-            f"ONNX Runtime does not run the file, so PyTorch's figures are given: {scores.errors['file']}"
-        )
+        warnings.append(f"ONNX Runtime {scores.errors['file']}; so PyTorch's figures are given")
     best = "file" if "file" in scores.logits else "rounded"
     simulated = scores.agreement("file", "rounded") if best == "file" else None
     if simulated is not None and simulated < 1 - KERNEL_GAP:

@@ -130,8 +130,8 @@ def compress(
 ) -> None:
     """Make a trained model smaller and faster, by default to half its latency, and show what each step did.
 
-    Steps are done in this order: prune, low rank, sparsify, distil, quantize. Without any, --prune latency=0.5 --distill
-    is done.
+    Steps are done in this order: prune, low rank, sparsify, distil, quantize. Without any, --prune latency=0.5
+    --distill is done.
     """
     with working(quiet) as progress:
         from cveff.compression import Preview, compression_recipe, default_folder, preview
