@@ -64,5 +64,5 @@ def test_programs_run(elsewhere: Path) -> None:
     pytest.importorskip("nncf")
     names: dict[str, object] = {}
     for block in blocks("python"):
-        exec(compile(block, "docs/quantize.md", "exec"), names)  # noqa: S102
+        exec(compile(block, "docs/quantize.md", "exec"), names)
     assert {"small.onnx", "model.int8.xml"} <= {path.name for path in elsewhere.iterdir()}

@@ -47,7 +47,7 @@ def test_training_behind_it_is_quantization_aware(training: dict[str, Any], tmp_
     assert [effect.kind for effect in result.effects] == ["start", "quantize", training["kind"]]
     # What training validates is the rounded network itself: it is not trained in bfloat16, which would round it again.
     lines = (tmp_path / "run" / "train" / f"1-{training['kind']}" / "metrics.jsonl").read_text().splitlines()
-    validated = [json.loads(line)["val_accuracy"] for line in lines if "val_accuracy" in line]
+    validated = [json.loads(line)["val/accuracy"] for line in lines if "val/accuracy" in line]
     assert validated[-1] == result.effects[-1].accuracy
     path = cveff.export(after, tmp_path / "model.onnx")
     data = load("digits")
