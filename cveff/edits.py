@@ -29,7 +29,10 @@ _HOME = {
 
 @runtime_checkable
 class Edit(Protocol):
-    """A frozen dataclass whose fields are JSON values and which can repeat its change on a fresh network."""
+    """A frozen dataclass whose fields are JSON values and which can repeat its change on a fresh network.
+
+    One whose networks only mean something in float32 says `needs_float32 = True`: training's "auto" precision heeds it.
+    """
 
     kind: ClassVar[str]
 

@@ -17,6 +17,7 @@ from cveff.compress.quant.points import Points
 from cveff.compress.quant.post_training import PostTraining, Quantized
 from cveff.compress.quant.ranges import rounding_off
 from cveff.compress.quant.saturation import predict_saturation
+from cveff.compress.samples import mixed as shuffled
 from cveff.data.augment import normalize
 from cveff.data.dataset import Split
 from cveff.errors import ExportError
@@ -154,4 +155,4 @@ class Int8:
         return PostTraining(narrow=self.clips, seed=self.seed, progress=self.progress)
 
     def _batches(self) -> list[Tensor]:
-        return list(normalize(self.calibration, self.model.spec.input).split(BATCH))
+        return shuffled(normalize(self.calibration, self.model.spec.input), BATCH, self.seed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar, Literal, get_args
 
 from torch import Tensor
@@ -15,10 +16,13 @@ from cveff.compress.quant.points import Points
 from cveff.compress.quant.post_training import PostTraining, Quantized, WeightRounding
 from cveff.compress.quant.ranges import Method
 from cveff.compress.quant.reduced import reduce_floats
+from cveff.compress.quant.report import Calibration
 from cveff.compress.quant.weight_choice import is_packed
 from cveff.compress.quant.weight_only import WeightOnly
 from cveff.compress.quant.weight_step import WEIGHT_BITS, round_model_weights
-from cveff.compress.samples import samples
+from cveff.compress.samples import calibration_batches
+from cveff.data.dataset import Split
+from cveff.data.loading import load_images
 from cveff.errors import StepError
 from cveff.files import write_json
 from cveff.model import Model
@@ -30,12 +34,27 @@ MIXED_FILE = "mixed_precision.json"
 
 Precision = Literal["int8", "int8-weights", "int4-weights", "fp16", "bf16", "fp8", "auto"]
 
+TRAINABLE: tuple[Precision, ...] = ("int8", "fp8")
+"""Precisions whose roundings a `train` or `distill` step trains through."""
+
+_ROUNDING = ("scheme", "method", "weight_method", "weights", "equalize", "saturation")
+
+HEEDED: dict[Precision, tuple[str, ...]] = {
+    "int8": _ROUNDING,
+    "auto": (*_ROUNDING, "max_accuracy_drop"),
+    "int8-weights": ("weights", "group_size", "symmetric"),
+    "int4-weights": ("weights", "group_size", "symmetric"),
+    "fp16": (),
+    "bf16": (),
+    "fp8": (),
+}
+"""Settings that a precision takes notice of; all do of `images`, `exclude` and `calibration`."""
+
 
 @dataclass(frozen=True)
 class Quantize:
-    """Post-training quantization; followed by a `distill` or `train` step it becomes quantization-aware training.
-
-    The model that comes out computes in PyTorch what its exported file says: rounding included.
+    """Post-training quantization; followed by a `distill` or `train` step it becomes quantization-aware training. The
+    model that comes out computes in PyTorch what its exported file says: rounding included.
 
     Attributes:
         precision: "int8": weights and activations; "auto": floats, 8 bits, or 8 bits with some layers in floats,
@@ -53,8 +72,11 @@ class Quantize:
             SmoothQuant); "auto" tries it behind layer norms, and keeps it where the logits change less.
         saturation: "narrow" gives wider steps to channels whose 16-bit sums clip on x86 without VNNI; "ignore" does
             not; "auto" does if the target is such a processor, or without a target if this one is.
-        images: most calibration images; fewer are used once ranges settle.
-        exclude: operators that stay in floats, by the names in the report; of weights alone: layers' or modules' paths.
+        images: most calibration images, in equal parts of every class where there are labels; fewer are used once
+            ranges settle, and a quarter is for choosing only.
+        calibration: a folder of images, labels not needed; by default the training images.
+        exclude: operators that stay in floats, by names such as "stem.conv:conv2d:0" (a name that is wrong is answered
+            with those that come close); of weights alone: layers' or modules' paths.
         group_size: of weights alone: inputs that share a scale, 32, 64 or 128.
         symmetric: of weights alone: no zero points.
         max_accuracy_drop: of "auto": points of top-1 accuracy on the validation images that may be lost; without
@@ -76,9 +98,10 @@ class Quantize:
     group_size: int = 64
     symmetric: bool = False
     max_accuracy_drop: float = 1.0
+    calibration: Path | None = None
 
     kind: ClassVar[str] = "quantize"
-    requires: ClassVar[tuple[str, ...]] = ("data",)
+    requires: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -111,21 +134,66 @@ class Quantize:
         bits = WEIGHT_BITS[self.precision]
         return WeightOnly(bits, self.group_size, self.symmetric, self.weights, self.exclude)  # type: ignore[arg-type]
 
+    @property
+    def needs_images(self) -> bool:
+        """Whether calibration images are looked at."""
+        return self.precision not in WEIGHT_BITS or self.weights != "nearest"
+
+    def check_run(self, run: Run) -> None:
+        """
+        Raises:
+            StepError: there are no images to calibrate with.
+        """
+        if not self.needs_images:
+            return
+        if self.calibration is not None:
+            if not Path(self.calibration).is_dir():
+                raise StepError(
+                    f"quantize.calibration {self.calibration} is not a folder; give a folder of images"
+                )
+            return
+        if run.data is None:
+            raise StepError(
+                "Quantize needs data; pass data=… to cveff.apply, or Quantize(calibration=FOLDER) for images without "
+                "labels"
+            )
+        if run.data.train is None:
+            raise StepError(
+                f"{run.data.name} has no training images to calibrate with; give data that has, or a folder of images "
+                "(calibration)"
+            )
+
     def __call__(self, model: Model, run: Run) -> Model:
+        """As `quantized`, without what was found out."""
+        return self.quantized(model, run)[0]
+
+    def quantized(self, model: Model, run: Run) -> tuple[Model, Calibration]:
         """Merge branches, fold batch norms, place the roundings, find their steps and round the weights.
+
+        Returns:
+            the rounded model, and what its calibration images said.
 
         Raises:
             StepError: the model is quantized already, cannot be captured, or overflows on the calibration images.
+            DataError, ImageError, InputSizeError: no calibration images, or such as the model cannot take.
         """
-        if self.precision in WEIGHT_BITS:
-            return round_model_weights(model, run, self.weights_alone, self.images)
         if is_quantized(model.module) or is_cast(model.module) or is_packed(model.module):
             raise StepError(f"{model.spec.architecture} is quantized already; start from the float model")
+        self.check_run(run)
+        if self.precision in WEIGHT_BITS:
+            split = self._split(run) if self.needs_images else None
+            done = round_model_weights(model, run, self.weights_alone, self.images, split)
+            used = Calibration() if split is None else Calibration(split.name, min(self.images, len(split)))
+            return done, used
         if has_branches(model.module):
             model = Reparameterize()(model, run)
-        images = self._images(model, run)
+        split = self._split(run)
+        images = calibration_batches(split, model.spec.input, self.images, seed=run.seed)
+        count = sum(map(len, images))
         if self.precision in ("fp16", "bf16", "fp8"):
-            return reduce_floats(model, self.precision, images, self.exclude, run.progress)
+            method = "minmax" if self.precision == "fp8" else None
+            reduced = reduce_floats(model, self.precision, images, self.exclude, run.progress)
+            return reduced, Calibration(split.name, count, method)
         work = PostTraining(
             scheme=self.scheme,
             method=self.method,
@@ -138,11 +206,9 @@ class Quantize:
             progress=run.progress,
         )
         found = work.quantize(model.module, model.spec.input, images)
-        return (
-            self._mixed(model, found, work, images, run)
-            if self.precision == "auto"
-            else as_model(model, found)
-        )
+        if self.precision == "auto":
+            return self._mixed(model, found, work, images, run), _described(split.name, found)
+        return as_model(model, found), _described(split.name, found)
 
     def _mixed(
         self, model: Model, found: Quantized, work: PostTraining, images: list[Tensor], run: Run
@@ -161,11 +227,22 @@ class Quantize:
             return saturates(isa() if run.target is None else run.target.instruction_sets)
         return self.saturation == "narrow"
 
-    def _images(self, model: Model, run: Run) -> list[Tensor]:
+    def _split(self, run: Run) -> Split:
+        if self.calibration is not None:
+            return load_images(self.calibration, progress=run.progress)
         assert run.data is not None
-        if run.data.train is None:
-            raise StepError(
-                f"{run.data.name} has no training images to calibrate with; give data that has, or a folder of images"
-            )
-        found = samples(run.data.train, model.spec.input, self.images, seed=run.seed)
-        return [images for images, _ in found]
+        assert run.data.train is not None
+        return run.data.train
+
+
+def _described(source: str, found: Quantized) -> Calibration:
+    return Calibration(
+        source=source,
+        images=found.seen.images,
+        method=found.method,
+        error=found.error,
+        equalized=found.equalized,
+        narrowed=tuple(found.narrowed.items()),
+        moved=found.seen.moved,
+        unmoved=found.seen.unmoved,
+    )

@@ -166,7 +166,7 @@ def test_without_int8_no_image_calibrates(digits_model: Model, digits: Data) -> 
 
 def test_the_two_halves_share_no_image(digits: Data) -> None:
     assert digits.train is not None
-    calibration, held_out = deploy_checks._halves(digits.train.subset(range(41)), 3, needs_calibration=True)
+    calibration, held_out = deploy_checks.halves(digits.train.subset(range(41)), 3, needs_calibration=True)
     assert calibration is not None and (len(calibration), len(held_out)) == (20, 21)
     everything = np.concatenate(
         [[split.source(i) for i in range(len(split))] for split in (calibration, held_out)]

@@ -65,7 +65,7 @@ def describe(
     return {
         "scheme": found.placement.scheme,
         "method": found.method,
-        "images": found.images,
+        "images": found.seen.images,
         "error": found.error,
         "equalized": found.equalized,
         "layers": layers,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from cveff.compress.quant.capture import capture, constant, identify
+from cveff.compress.quant.checks import check_images, check_parameters
 from cveff.compress.quant.network import insert, is_cast, is_quantized
 from cveff.compress.quant.placement import Placement, place
 from cveff.compress.quant.ranges import Watch, weight_range
@@ -42,15 +43,16 @@ def to_float8(
         the rounded graph and what is rounded in it.
 
     Raises:
-        StepError: no images, the network cannot be captured, is quantized or in 16 bits already, or overflows.
+        StepError: no images or such as do not fit, the network cannot be captured, is quantized or in 16 bits
+            already, or overflows.
     """
     if is_quantized(module):
         raise StepError("the model is quantized already; start from the float model")
     if is_cast(module):
         raise StepError("the model is in 16 bits already; start from the float32 model")
-    if not sum(map(len, batches)):
-        raise StepError("there are no calibration images; give at least one, better 100")
+    batches = check_images(batches, spec)
     graph = capture(module, spec)
+    check_parameters(graph)
     placed = place(graph, "tensorrt", exclude)
     placement = replace(
         placed,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from cveff.compress.quant.capture import aten, capture, constant, identify
+from cveff.compress.quant.checks import check_excluded, check_images
 from cveff.compress.quant.half_ranges import Kept, out_of_range
 from cveff.compress.quant.half_rules import COMPUTE, data_inputs, is_float, tidy
 from cveff.compress.quant.half_types import choose_types
@@ -99,18 +100,17 @@ def to_half(
         exclude: operators, by `identify`'s names, that stay in float32.
 
     Raises:
-        StepError: the precision or an excluded operator is unknown, there are no images, a value is NaN or infinite, no
-            product is left in 16 bits, or the network is quantized or in 16 bits already.
+        StepError: the precision or an excluded operator is unknown, there are no images or such as do not fit, a value
+            is NaN or infinite, no product is left in 16 bits, or the network is quantized or in 16 bits already.
     """
     if precision not in get_args(HalfPrecision):
         raise StepError(
             f"precision {precision!r} is unknown; give one of {', '.join(get_args(HalfPrecision))}"
         )
+    batches = check_images(batches, spec)
     graph = _captured(module, spec)
     nodes = identify(graph)
-    unknown = sorted(set(exclude) - set(nodes))
-    if unknown:
-        raise StepError(f"{unknown[0]!r} is no operator of this network; see the names in the report")
+    check_excluded(graph, exclude)
     kept = out_of_range(graph, batches, half=precision == "fp16")
     wide = {nodes[item.operator] for item in kept} | {nodes[name] for name in exclude}
     halves = choose_types(graph, wide)

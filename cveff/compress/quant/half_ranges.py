@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from cveff.compress.quant.capture import constant, identify
+from cveff.compress.quant.checks import check_parameters
 from cveff.compress.quant.half_rules import data_inputs, is_float, kind_of
 from cveff.errors import StepError
 
@@ -97,9 +98,7 @@ def out_of_range(graph: fx.GraphModule, batches: Iterable[Tensor], *, half: bool
     Raises:
         StepError: no images, or a value (named) is NaN or infinite.
     """
-    for path, parameter in [*graph.named_parameters(), *graph.named_buffers()]:
-        if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
-            raise StepError(f"parameter {path} holds NaN or infinity; train or load the model again")
+    check_parameters(graph)
     names = {node: name for name, node in identify(graph).items()}
     measure = _Measure(graph, names)
     count = 0

@@ -41,6 +41,8 @@ class QuantizedGraph:
     weights: tuple[Any, ...] = ()
     scheme: Scheme = "cpu"
     kind: ClassVar[str] = "quantize"
+    needs_float32: ClassVar[bool] = True
+    """bfloat16 is no finer than 8 bits: trained in it, the network would round to other integers than the file."""
 
     def constrained(self, objective: Objective, module: nn.Module) -> Objective:
         """`objective`, which also learns the steps of `module`."""

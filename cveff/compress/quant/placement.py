@@ -22,6 +22,7 @@ import torch
 from torch import fx
 
 from cveff.compress.quant.capture import CONVOLUTIONS, aten, constant, identify, output_axis, pads_zeros
+from cveff.compress.quant.checks import check_excluded
 from cveff.compress.quant.fake_quant import Grid
 from cveff.errors import StepError
 
@@ -130,9 +131,7 @@ def place(graph: fx.GraphModule, scheme: Scheme = "cpu", exclude: Collection[str
     """
     if scheme not in get_args(Scheme):
         raise StepError(f"quantization scheme {scheme!r} is unknown; known: {', '.join(get_args(Scheme))}")
-    unknown = sorted(set(exclude) - set(identify(graph)))
-    if unknown:
-        raise StepError(f"{unknown[0]!r} is no operator of this network; see the names in the report")
+    check_excluded(graph, exclude)
     walk = _TensorRT if scheme == "tensorrt" else _OpenVino if scheme == "openvino" else _Cpu
     signed = scheme in ("cpu-signed", "tensorrt")
     found = replace(walk(graph, frozenset(exclude), signed=signed).placement(), scheme=scheme)

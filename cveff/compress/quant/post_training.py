@@ -17,26 +17,22 @@ from torch import Tensor, fx, nn
 from cveff.compress.quant.adaround import reconstruct
 from cveff.compress.quant.capture import capture, constant, identify
 from cveff.compress.quant.channel_groups import ChannelGroup, channel_groups
+from cveff.compress.quant.checks import check_images, check_parameters, first_not_finite
 from cveff.compress.quant.equalize import ALPHA, equalize
 from cveff.compress.quant.error import logits, relative_error
 from cveff.compress.quant.fake_quant import Grid
 from cveff.compress.quant.layers import find_layers
 from cveff.compress.quant.network import Roundings, insert
 from cveff.compress.quant.placement import Placement, Scheme, place
-from cveff.compress.quant.ranges import Method, Watch, drift, rounding_off, weight_range
+from cveff.compress.quant.ranges import Method, Watch, rounding_off, weight_range
 from cveff.compress.quant.round_weights import round_weights
 from cveff.compress.quant.saturation import narrow, predict_saturation
-from cveff.errors import StepError
+from cveff.compress.quant.settle import Seen, divided, not_finite, watch_until_settled
 from cveff.progress import Progress, Silent
 from cveff.runtime.input_spec import InputSpec
 
 WeightRounding = Literal["nearest", "compensated", "learned"]
 
-SETTLED = 0.02
-"""Ranges that move by less of their width when the images are doubled have settled."""
-WARN = 0.1
-FIRST = 64
-"""Images after which settling is looked at for the first time."""
 _METHODS: tuple[Method, ...] = ("mse", "percentile", "minmax")
 
 
@@ -63,16 +59,19 @@ class PostTraining:
         """The rounded graph of `module`, which is left as it is.
 
         Args:
-            batches: images (B, C, H, W), normalised.
+            batches: images (B, C, H, W), normalised, in mixed order. The last quarter is what choices are made by;
+                nothing is calibrated on it, unless there is one image only.
 
         Raises:
-            StepError: no images, the network cannot be captured, or it overflows on them.
+            StepError: no images or such as do not fit, the network cannot be captured, or it overflows on them.
         """
-        if not batches or not len(batches[0]):
-            raise StepError("there are no calibration images; give at least one, better 100 to 500")
+        batches = divided(check_images(batches, spec))
+        given = sum(map(len, batches))
         exact = capture(module, spec)
-        held = batches[-max(1, len(batches) // 4) :] if len(batches) > 1 else batches
-        expected = logits(exact, held)
+        check_parameters(exact)
+        held = batches[-max(1, len(batches) // 4) :]
+        batches = batches[: -len(held)] or held
+        expected = _logits(exact, held)
         tried = self._groups(exact)
         best: Quantized | None = None
         for is_equalized in (False, True) if self.equalize == "auto" else (bool(self.equalize),):
@@ -96,6 +95,8 @@ class PostTraining:
         if self.weights == "learned":
             self._learn(best, batches)
             best.error = relative_error(logits(best.graph, held), expected)
+        for warning in best.seen.warnings(given):
+            self.progress.message(warning)
         return best
 
     def _groups(self, graph: fx.GraphModule) -> list[ChannelGroup]:
@@ -115,7 +116,7 @@ class PostTraining:
         placement = place(graph, self.scheme, self.exclude)
         roundings = insert(graph, placement)
         watch = Watch(graph, roundings.tensors)
-        images = self._watch(watch, batches)
+        seen = watch_until_settled(watch, exact, batches, self.progress)
         if self.scheme == "openvino":
             placement = _signed_where_negative(placement, roundings, watch)
         method = self._set_ranges(graph, watch, roundings, held, expected)
@@ -126,38 +127,15 @@ class PostTraining:
             assert weight is not None
             rounding = roundings.weights[site.reader]
             rounding.set_range(*weight_range(weight, site.axis, rounding.grid, self.weight_method))
-        seen = batches[: -(-images // len(batches[0]))]
+        used = batches[: -(-seen.images // len(batches[0]))]
         narrowed: dict[str, int] = {}
         if self.narrow:
-            narrowed = narrow(graph, predict_saturation(graph, seen, seed=self.seed))
+            narrowed = narrow(graph, predict_saturation(graph, used, seed=self.seed))
         if self.weights != "nearest":
-            round_weights(graph, seen, seed=self.seed)
+            round_weights(graph, used, seed=self.seed)
         error = relative_error(logits(graph, held), expected)
         extremes = {name: (histogram.low, histogram.high) for name, histogram in watch.histograms.items()}
-        return Quantized(graph, exact, placement, roundings, method, images, error, narrowed, extremes)
-
-    def _watch(self, watch: Watch, batches: Sequence[Tensor]) -> int:
-        """Let `watch` see images until ranges settle; returns how many."""
-        total = sum(len(images) for images in batches)
-        images, check, before = 0, min(FIRST, max(1, total // 2)), None
-        moved, where = 0.0, ""
-        for batch in self.progress.track(batches, "calibrating", len(batches)):
-            watch.see([batch])
-            images += len(batch)
-            if images < check and images < total:
-                continue
-            after = watch.ranges("percentile")
-            if before is not None:
-                moved, where = drift(before, after)
-                if moved < SETTLED:
-                    return images
-            before, check = after, 2 * images
-        if moved > WARN or total < FIRST:
-            self.progress.message(
-                f"warning: {total} calibration images are few: the range of {where or 'every tensor'} moved by "
-                f"{100 * moved:.0f}% from the first half of them to all; give more"
-            )
-        return images
+        return Quantized(graph, exact, placement, roundings, method, seen, error, narrowed, extremes)
 
     def _set_ranges(
         self,
@@ -193,7 +171,8 @@ class Quantized:
     Attributes:
         graph: it; `exact`: the same without roundings, channels equalized where they were.
         placement, roundings: what is rounded.
-        method: how its ranges were found, from `images` images.
+        method: how its ranges were found.
+        seen: what they were made from.
         error: energy of the change of the logits over that of their differences between classes, on held-out images.
         narrowed: layer -> channels whose steps are wider so that 16-bit sums do not clip.
         extremes: tensor -> the least and greatest value on calibration images.
@@ -205,11 +184,24 @@ class Quantized:
     placement: Placement
     roundings: Roundings
     method: Method
-    images: int
+    seen: Seen
     error: float
     narrowed: dict[str, int]
     extremes: dict[str, tuple[float, float]]
     equalized: int = 0
+
+
+def _logits(exact: fx.GraphModule, held: Sequence[Tensor]) -> Tensor:
+    """The unrounded network's answers.
+
+    Raises:
+        StepError: one is no number; the operator where that begins is named.
+    """
+    found = logits(exact, held)
+    if not bool(torch.isfinite(found).all()):
+        names = (first_not_finite(exact, images) for images in held)
+        raise not_finite(next((name for name in names if name), "the last operator"))
+    return found
 
 
 def _signed_where_negative(placement: Placement, roundings: Roundings, watch: Watch) -> Placement:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from cveff.compress.quant.weight_choice import choose
 from cveff.compress.quant.weight_only import WeightOnly, WeightsRounded, quantize_weights
 from cveff.compress.samples import samples
+from cveff.data.dataset import Split
 from cveff.errors import StepError
 from cveff.model import Model, with_module
 from cveff.steps import Run
@@ -13,11 +14,14 @@ WEIGHT_BITS = {"int8-weights": 8, "int4-weights": 4}
 """Precisions of weights alone -> bits a weight."""
 
 
-def round_model_weights(model: Model, run: Run, settings: WeightOnly, images: int) -> Model:
+def round_model_weights(
+    model: Model, run: Run, settings: WeightOnly, images: int, split: Split | None = None
+) -> Model:
     """Round the weights of `model`'s large linear layers; its module is changed in place.
 
     Args:
-        images: most calibration images, of the training split; "nearest" looks at none.
+        images: most calibration images; "nearest" looks at none.
+        split: where they are from; by default the training split.
 
     Raises:
         StepError: as `quantize_weights`; or "compensated" without data.
@@ -26,10 +30,10 @@ def round_model_weights(model: Model, run: Run, settings: WeightOnly, images: in
     choose(model.module, exclude=settings.exclude, min_weights=settings.min_weights)
     batches = None
     if settings.weights == "compensated":
-        if run.data is None or run.data.train is None:
+        split = split if split is not None or run.data is None else run.data.train
+        if split is None:
             raise StepError("compensated rounding looks at images; pass data=…, or choose weights='nearest'")
-        split, spec = run.data.train, model.spec.input
-        found = samples(split, spec, images, seed=run.seed, device=str(run.device))
+        found = samples(split, model.spec.input, images, seed=run.seed, device=str(run.device))
         batches = [pixels for pixels, _ in found]
     model.module.to(run.device)
     done = quantize_weights(model.module, settings, batches, progress=run.progress)

@@ -99,8 +99,6 @@ def test_gradients_pass_where_values_are_not_clipped() -> None:
     x = torch.tensor([1.3, 500.0, -500.0, 0.0], requires_grad=True)
     rounding(x).sum().backward()
     assert x.grad is not None and x.grad.tolist() == [1.0, 0.0, 0.0, 1.0]
-    with pytest.raises(StepError, match="cannot be learned"):
-        rounding.learn()
 
 
 @pytest.mark.parametrize("fields", [{}, {"signed": True}, {"signed": True, "symmetric": True, "bits": 4}])
