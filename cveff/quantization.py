@@ -9,11 +9,12 @@ import copy
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cveff.apply import device_of
+from cveff.apply import device_of, timer_of
 from cveff.backbones.reparameterize import Reparameterize, has_branches
 from cveff.compress import Quantize
 from cveff.compress.quant.report import Calibration
@@ -95,7 +96,7 @@ def quantize_step(settings: Mapping[str, Any], target: Target | None = None) -> 
     idle = sorted(set(settings) - {"precision", "images", "exclude", "calibration", *HEEDED[step.precision]})
     if idle:
         raise RecipeError(f"{idle[0]} has no effect on {step.precision}; remove it")
-    if step.precision == "int8" and "scheme" not in settings and target is not None:
+    if step.precision in ("int8", "auto") and "scheme" not in settings and target is not None:
         engines = [engine for engine, precision in target.candidates if precision.startswith("int8")]
         return replace(step, scheme="openvino" if engines[:1] == ["openvino"] else "cpu")
     return step
@@ -154,7 +155,10 @@ def quantize_checkpoint(
             preprocess([split.source(0)], model.spec.input)
     run = Run(data=images.data, target=target, device=device_of(device), seed=seed, progress=progress)
     free = replace(step, calibration=None)  # its images are the run's training images by now
-    rounded, calibration = free.quantized(Model(model.spec, copy.deepcopy(model.module)), run)
+    with ExitStack() as stack:
+        if target is not None and step.precision == "auto":
+            run.timer = stack.enter_context(timer_of(target))
+        rounded, calibration = free.quantized(Model(model.spec, copy.deepcopy(model.module)), run)
     with tempfile.TemporaryDirectory(prefix="cveff-quantize-") as temporary:
         work = Path(temporary)
         save(rounded, work / "model")

@@ -21,6 +21,7 @@ def register(app: typer.Typer) -> None:
         epilog=examples(
             "cveff quantize runs/digits",
             "cveff quantize runs/photos --calibration unlabelled/ --weights learned --out photos-int8",
+            "cveff quantize runs/photos --precision auto --set max_accuracy_drop=0.5",
             "cveff quantize runs/photos --precision fp16 --onnx photos-fp16.onnx",
             "cveff quantize runs/vit --precision int4-weights --set group_size=32",
         )
@@ -36,8 +37,8 @@ def quantize(
         typer.Option(
             "--precision",
             metavar="PRECISION",
-            help="int8 (weights and activations, for CPUs), int8-weights or int4-weights (large linear layers), "
-            "fp16, bf16 or fp8 (for GPUs).",
+            help="int8 (weights and activations, for CPUs), auto (int8, floats, or both, whichever is the fastest on "
+            "the target's engine), int8-weights or int4-weights (large linear layers), fp16, bf16 or fp8 (for GPUs).",
         ),
     ] = "int8",
     data: Annotated[

@@ -34,7 +34,7 @@ MIXED_FILE = "mixed_precision.json"
 
 Precision = Literal["int8", "int8-weights", "int4-weights", "fp16", "bf16", "fp8", "auto"]
 
-TRAINABLE: tuple[Precision, ...] = ("int8", "fp8")
+TRAINABLE: tuple[Precision, ...] = ("int8", "auto", "fp8")
 """Precisions whose roundings a `train` or `distill` step trains through."""
 
 _ROUNDING = ("scheme", "method", "weight_method", "weights", "equalize", "saturation")
@@ -146,6 +146,11 @@ class Quantize:
         """
         if not self.needs_images:
             return
+        if self.precision == "auto" and (run.timer is None or run.data is None):
+            raise StepError(
+                "Quantize(precision='auto') times files and scores validation images; give a target with an fp32 "
+                "candidate, and data"
+            )
         if self.calibration is not None:
             if not Path(self.calibration).is_dir():
                 raise StepError(
