@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from cveff.compress.quant.describe import describe
-from cveff.compress.quant.mixed import INT8, MIXED, Mixed, MixedPrecision, as_model
+from cveff.compress.quant.mixed import FP32, INT8, MIXED, Mixed, MixedPrecision, as_model
 from cveff.compress.quant.network import is_quantized
 from cveff.compress.quant.points import Points
 from cveff.compress.quant.post_training import PostTraining, Quantized
@@ -29,6 +29,8 @@ from cveff.progress import Progress, Silent
 from cveff.target import Target
 
 BATCH = 32
+ENOUGH = 0.67
+"""Share of floats' time at which 8 bits throughout are taken as they are: floats in places gain a few percent then."""
 DESCRIBED = 2
 """Batches that the report's costs are measured on."""
 
@@ -104,13 +106,12 @@ class Int8:
         found = self._quantized()
         points = Points.of(self.model.module, self.selection, self.model.spec.input, seed=self.seed)
         with EngineTimer(target, "onnxruntime") as timer:
-            search = MixedPrecision(self._work(), timer, points, self.max_accuracy_drop)
+            search = MixedPrecision(self._work(), timer, points, self.max_accuracy_drop, ENOUGH)
             mixed = search.search(self.model, found, self._batches())
         for line in mixed.lines():
             self.progress.message(line)
         if mixed.chosen != MIXED or mixed.quantized is None:
-            other = "8 bits throughout are" if mixed.chosen == INT8 else "floats throughout are"
-            raise NotWorthwhileError(f"not built: {other} as fast as any mixture, and keep to the limit")
+            raise NotWorthwhileError(f"not built: {_why_not(mixed)}")
         return self._write(path, mixed.quantized, mixed)
 
     def rounded_weights(self) -> Path:
@@ -156,3 +157,11 @@ class Int8:
 
     def _batches(self) -> list[Tensor]:
         return shuffled(normalize(self.calibration, self.model.spec.input), BATCH, self.seed)
+
+
+def _why_not(mixed: Mixed) -> str:
+    if mixed.chosen == INT8 and not mixed.parts:
+        share = mixed.milliseconds[INT8] / mixed.milliseconds[FP32]
+        return f"8 bits throughout take {100 * share:.0f}% of floats' time and keep to the limit"
+    other = "8 bits" if mixed.chosen == INT8 else "floats"
+    return f"{other} throughout are as fast as any mixture, and keep to the limit"

@@ -98,12 +98,15 @@ class MixedPrecision:
         timer: on the engine that the file is for.
         points: what losses are measured by.
         max_accuracy_drop: points that may be lost.
+        enough: where 8 bits throughout take this share of floats' time or less, and keep to the limit, nothing is
+            searched.
     """
 
     work: PostTraining
     timer: ModelTimer
     points: Points
     max_accuracy_drop: float
+    enough: float = 0.0
     _lost: dict[str, float] = field(default_factory=dict, init=False, repr=False)
 
     def search(self, model: Model, found: Quantized, batches: Sequence[Tensor]) -> Mixed:
@@ -117,6 +120,10 @@ class MixedPrecision:
             CveffError: a file cannot be exported, opened or timed.
         """
         self._lost = {FP32: 0.0, INT8: self.points.lost(found.graph)}
+        if self.enough > 0 and self._lost[INT8] <= self.max_accuracy_drop:
+            times = self.timer.milliseconds({FP32: model, INT8: as_model(model, found)})
+            if times[INT8] <= self.enough * times[FP32]:
+                return Mixed(INT8, found, (), times, dict(self._lost))
         parts = self._parts(found)
         variants = {part.name: without(found, part.operators) for part in parts} if len(parts) > 1 else {}
         models = {FP32: model, INT8: as_model(model, found)}

@@ -108,6 +108,16 @@ def test_eight_bits_throughout_where_all_is_faster_and_nothing_lost(
     assert min(part.nats for part in mixed.parts) > 0, mixed.parts
 
 
+def test_where_eight_bits_are_fast_enough_nothing_is_searched(
+    model: Model, digits: Data, found: Quantized, batches: list[torch.Tensor]
+) -> None:
+    timer, points = Times(), _points(model, digits)
+    mixed = MixedPrecision(WORK, timer, points, 1.0, enough=0.6).search(model, found, batches)
+    assert (mixed.chosen, mixed.parts, timer.calls) == (INT8, (), [[FP32, INT8]])
+    searched = MixedPrecision(WORK, timer, points, 1.0, enough=0.4).search(model, found, batches)
+    assert searched.chosen == INT8 and searched.parts
+
+
 def test_what_is_faster_in_floats_stays_there(
     model: Model, digits: Data, found: Quantized, batches: list[torch.Tensor]
 ) -> None:
