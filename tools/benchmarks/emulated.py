@@ -58,6 +58,7 @@ def emulated_logits(path: Path, inputs: np.ndarray, folder: Path, jobs: int = 1)
     starts = range(0, len(inputs), CHUNK)
     with ThreadPoolExecutor(jobs) as pool:
         parts = list(pool.map(lambda first: _chunk(path, kept, first, len(inputs)), starts))
+    (kept / "inputs.npy").unlink()
     return np.concatenate(parts)
 
 

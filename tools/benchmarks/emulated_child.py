@@ -18,7 +18,8 @@ def main() -> None:
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
-    found = [session.run(None, {name: image[None]})[0] for image in np.load(inputs)[int(first) : int(last)]]
+    images = np.load(inputs, mmap_mode="r")[int(first) : int(last)]
+    found = [session.run(None, {name: np.array(image[None])})[0] for image in images]
     np.save(outputs, np.concatenate(found))
 
 

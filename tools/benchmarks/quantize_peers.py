@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,8 +133,8 @@ def _row(
     folder.mkdir(parents=True, exist_ok=True)
     values = results.values.setdefault("rows", {}).setdefault(name, {"files": {}})
     if arguments.fresh and not values["files"]:
-        for path in folder.glob("*.*"):
-            path.unlink()
+        shutil.rmtree(folder)
+        folder.mkdir()
     source = folder / "fp32.onnx"
     if not source.is_file():
         peers.plain_export(model.module, model.spec.input, source)
