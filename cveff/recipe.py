@@ -112,7 +112,7 @@ class Recipe:
         if earlier.precision not in TRAINABLE:
             raise RecipeError(
                 f"steps[{index}]: trains after the network was quantized to {earlier.precision}, and only "
-                f"{' and '.join(TRAINABLE)} can be trained; train first"
+                f"{', '.join(TRAINABLE[:-1])} and {TRAINABLE[-1]} can be trained; train first"
             )
 
     def _check_training(self, train: Train) -> None:

@@ -99,7 +99,7 @@ MISTAKES = [
     ),
     (
         {"steps": [{"kind": "quantize", "precision": "fp16"}, {"kind": "train"}]},
-        "r.toml: steps[1]: trains after the network was quantized to fp16, and only int8 and fp8 can be trained",
+        "r.toml: steps[1]: trains after the network was quantized to fp16, and only int8, auto and fp8 can be trained",
     ),
     ({"steps": [{"kind": "quantize", "scheme": "x"}]}, "r.toml: steps[0].scheme: 'x' is unknown; known: cpu"),
     (

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 BARE = ("--prune", "--low-rank", "--sparsify", "--distill", "--quantize")
 """Options that may stand without a value."""
-PRECISIONS = ("auto", "int8", "int8-weights", "int4-weights", "fp16", "bf16", "fp8")
+PRECISIONS = ("int8", "int8-weights", "int4-weights", "fp16", "bf16", "fp8", "auto")
 """What --quantize takes without a key (`cveff.compress.quantize.Precision`, which takes seconds to import)."""
 
 

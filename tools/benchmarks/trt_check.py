@@ -37,10 +37,9 @@ from torch import nn
 
 import cveff
 from cveff.compress.quant.capture import capture, constant, identify
-from cveff.compress.quant.network import insert
+from cveff.compress.quant.network import QuantizedGraph, insert
 from cveff.compress.quant.placement import place
 from cveff.compress.quant.ranges import Watch, rounding_off, weight_range
-from cveff.compress.quantize import edit_of
 from cveff.data.augment import normalize
 from cveff.export.layer_check import compare_layers
 from cveff.export.normalize import deployable
@@ -202,7 +201,7 @@ def round_for_tensorrt(model: Model) -> Model:
         weight = constant(graph, source.args[0])
         assert weight is not None
         roundings.weights[site.reader].set_range(*weight_range(weight, site.axis, site.grid))
-    return with_module(model, graph, edit_of(model, placement))
+    return with_module(model, graph, QuantizedGraph.of(model.spec.input, placement))
 
 
 def num_rounded(graph: onnx.GraphProto) -> int:

@@ -130,7 +130,8 @@ class PostTraining:
         used = batches[: -(-seen.images // len(batches[0]))]
         narrowed: dict[str, int] = {}
         if self.narrow:
-            narrowed = narrow(graph, predict_saturation(graph, used, seed=self.seed))
+            # A sum that clips is no matter of taste: every image that is at hand may tell of one.
+            narrowed = narrow(graph, predict_saturation(graph, [*used, *held], seed=self.seed))
         if self.weights != "nearest":
             round_weights(graph, used, seed=self.seed)
         error = relative_error(logits(graph, held), expected)
