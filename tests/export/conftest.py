@@ -20,7 +20,6 @@ TINY_TARGET = Target(
     candidates=(
         ("onnxruntime", "fp32"),
         ("onnxruntime", "int8"),
-        ("onnxruntime", "int8-mixed"),
         ("openvino", "fp32"),
         ("openvino", "int8"),
     ),

@@ -1,7 +1,7 @@
 """Mixed precision: which layers are left in floats, so that the file is as fast as can be and accurate enough.
 
-A network is cut into ten segments or so. What each costs in floats is measured: a file with that one left in floats is
-timed in turns with the file that is rounded throughout. What each loses rounded is priced by one backward pass
+A network is cut into eight segments or so. What each costs in floats is measured: a file with that one left in floats
+is timed in turns with the file that is rounded throughout. What each loses rounded is priced by one backward pass
 (`sensitivity`). Segments that are faster in floats stay there; then those that buy most accuracy for their time follow,
 until the limit holds. The result is calibrated anew and measured as a whole, since neither times nor losses add up
 exactly; floats throughout and 8 bits throughout are measured beside it, and the best of the three is taken.

@@ -16,7 +16,7 @@ from torch import fx
 from cveff.compress.quant.capture import identify
 from cveff.compress.quant.placement import NORMS
 
-MOST = 10
+MOST = 8
 """Segments a network is cut into at most: each is exported and timed once."""
 
 
