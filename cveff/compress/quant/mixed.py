@@ -187,7 +187,9 @@ class MixedPrecision:
         self, model: Model, found: Quantized, operators: Sequence[str], batches: Sequence[Tensor]
     ) -> Quantized:
         """With `operators` in floats from the start, or as it was calibrated, whichever is nearer to floats."""
-        work = replace(self.work, exclude=(*self.work.exclude, *operators), equalize=found.equalized > 0)
+        # What equalization was tried and did not help is not tried again.
+        equalize = self.work.equalize if found.equalized else False
+        work = replace(self.work, exclude=(*self.work.exclude, *operators), equalize=equalize)
         anew = work.quantize(model.module, model.spec.input, batches)
         as_is = without(found, operators)
         return min((anew, as_is), key=lambda item: self.points.lost(item.graph))

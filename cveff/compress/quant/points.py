@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from cveff.compress.samples import samples
+from cveff.compress.samples import evaluation, samples
 from cveff.data.dataset import Split
 from cveff.runtime.input_spec import InputSpec
 
@@ -65,4 +65,5 @@ class Points:
 
 @torch.no_grad()
 def _answers(network: nn.Module, batches: tuple[Tensor, ...]) -> Tensor:
-    return torch.cat([network(images).argmax(1) for images in batches])
+    with evaluation(network):
+        return torch.cat([network(images).argmax(1) for images in batches])
