@@ -8,7 +8,7 @@ from html import escape
 from typing import Any
 
 from cveff.export.report_plots import Bar, layer_bars
-from cveff.export.report_sections import html_section
+from cveff.export.report_sections import engine_name, html_section
 from cveff.export.svg import svg, text
 
 MOST = 60
@@ -60,7 +60,7 @@ def range_bars(extents: Sequence[Extent]) -> str:
 def rounding_section(manifest: Mapping[str, Any]) -> str:
     """Ranges and costs of every file in integers that cveff wrote itself; "" without one."""
     parts = [
-        _file(f"{entry['engine']} {entry['precision']}", entry["rounding"])
+        _file(f"{engine_name(entry['engine'])} {entry['precision']}", entry["rounding"])
         for entry in manifest["candidates"]
         if entry.get("rounding")
     ]
@@ -74,7 +74,7 @@ def _file(name: str, rounding: Mapping[str, Any]) -> str:
     lead = (
         f"{name}: {len(layers) - len(floats)} of {len(layers)} layers in 8 bits. Ranges by {rounding['method']} from "
         f"{rounding['images']} images; on images they were not made from, the logits' error is "
-        f"{100 * rounding['error']:.2f}% of their energy."
+        f"{100 * rounding['error']:.2g}% of their energy."
     )
     if narrowed:
         lead += f" {narrowed} layers have channels with wider steps, whose sums processors without VNNI would clip."

@@ -218,7 +218,7 @@ def test_a_mixture_ships_where_it_is_the_fastest(
     assert "faster in floats" in in_floats[0]["why"]
     assert 0 <= mixed["meaning_gap"]["agreement"] <= 1
     page = (made.path / "report.html").read_text(encoding="utf-8")
-    assert "What was rounded" in page and "onnxruntime int8-mixed" in page
+    assert "What was rounded" in page and "ONNX Runtime int8-mixed" in page
 
 
 def test_no_mixture_is_made_where_integers_are_fast_enough(
