@@ -18,6 +18,8 @@ SETTLED = 0.02
 WARN = 0.1
 FIRST = 64
 """Images after which settling is looked at for the first time; with fewer in all a warning is given."""
+ENOUGH = 100
+"""Images that are usually enough."""
 PARTS = 8
 """Batches that a handful of images is divided into, so that one half can be compared with the whole."""
 
@@ -54,7 +56,8 @@ class Seen:
                 else f"the range of {self.tensor or 'every tensor'} moved by {100 * self.moved:.0f}% of its width "
                 "from the first half of them to all"
             )
-            found.append(f"warning: {are_few}: {how}; give 100 to 500")
+            advice = "give 100 to 500" if given < ENOUGH else "give more, or such as differ more"
+            found.append(f"warning: {are_few}: {how}; {advice}")
         if self.unmoved:
             names = ", ".join(self.unmoved[:5]) + (", …" if len(self.unmoved) > 5 else "")
             one = len(self.unmoved) == 1
