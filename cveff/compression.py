@@ -9,33 +9,24 @@ import re
 import tomllib
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from cveff import model_zoo
 from cveff.apply import check_steps, device_of, timer_of
-from cveff.compress import Distill, LowRank, Prune, Sparsify
+from cveff.compress import Distill, LowRank, Prune, Quantize, Sparsify
 from cveff.compress.blocks import macs
 from cveff.compress.prune_plan import Plan
 from cveff.compress.trace import trace
 from cveff.data.dataset import OnBadImage
 from cveff.errors import RecipeError
 from cveff.model import Model
+from cveff.origin import check_checkpoint, images_for, name_of, origin_of
 from cveff.pipeline import check_device, create_for, images_of
 from cveff.progress import Progress, Silent
-from cveff.recipe import (
-    DataSettings,
-    DeploySettings,
-    ModelSettings,
-    Recipe,
-    default_training,
-    read_recipe,
-    with_overrides,
-)
+from cveff.recipe import DeploySettings, ModelSettings, Recipe, default_training, with_overrides
 from cveff.schema import parse
 from cveff.steps import Run, Step
-from cveff.subject import is_architecture, saved_folder
 from cveff.target import load_target
 from cveff.train import Train
 
@@ -54,13 +45,14 @@ def compression_recipe(
     low_rank: str | None = None,
     sparsify: str | None = None,
     distill: str | None = None,
+    quantize: str | None = None,
     epochs: int | None = None,
     data: str | None = None,
     on_bad_image: OnBadImage | None = None,
     deploy: DeploySettings | None = None,
     seed: int | None = None,
 ) -> Recipe:
-    """The recipe of a compression: prune, low rank, sparsify, distil, in this order, those that are asked for.
+    """The recipe of a compression: prune, low rank, sparsify, distil, quantize, in this order, what is asked for.
 
     Without any step it prunes to half the latency and distils. The images and the seed are by default those the
     checkpoint was trained with, because another seed could validate on images it was trained on.
@@ -71,6 +63,7 @@ def compression_recipe(
         sparsify: "2:4", a share of zeros, or settings.
         distill: settings of `Distill` and of its training: "method=dist,epochs=30,learning_rate=5e-4".
             "default" stands for a step's defaults, here half and eight tenths of the latency.
+        quantize: a precision, or settings: "int8", "precision=int8,weights=learned".
         epochs: of fine-tuning; given alone it asks for distillation.
         data, on_bad_image: as a recipe's; by default the checkpoint's own.
         deploy: target, and what a bundle may lose.
@@ -79,16 +72,12 @@ def compression_recipe(
         RecipeError: a setting is unknown or out of range, or it is not known which images to use.
         UnknownModelError: no such checkpoint.
     """
-    if is_architecture(checkpoint):
-        raise RecipeError(
-            f"{checkpoint} is neither a saved model nor a zoo card; give a folder that `cveff train` or cveff.save "
-            "wrote (`cveff models` lists the cards)"
-        )
-    origin = _origin(checkpoint)
-    images = _images(checkpoint, data, on_bad_image, origin)
+    check_checkpoint(checkpoint)
+    origin = origin_of(checkpoint)
+    images = images_for(checkpoint, data, on_bad_image, origin)
     if epochs is not None and distill is None:
         distill = DEFAULT
-    if all(text is None for text in (prune, low_rank, sparsify, distill)):
+    if all(text is None for text in (prune, low_rank, sparsify, distill, quantize)):
         prune, distill = DEFAULT, DEFAULT
     steps: list[Step] = []
     if prune is not None:
@@ -99,6 +88,8 @@ def compression_recipe(
         steps.append(_step(Sparsify, "--sparsify", _pattern(sparsify), "pattern", {}))
     if distill is not None:
         steps.append(_distillation(distill, epochs, images.source, origin))
+    if quantize is not None:
+        steps.append(_step(Quantize, "--quantize", quantize, "precision", {}))
     return Recipe(
         data=images,
         model=ModelSettings(checkpoint=checkpoint),
@@ -110,9 +101,7 @@ def compression_recipe(
 
 def default_folder(checkpoint: str) -> Path:
     """Where a compression goes: beside the other runs, under the checkpoint's name."""
-    path = Path(checkpoint)
-    name = path.parent.name if path.name == "model" and path.parent.name else path.name
-    return Path("runs") / f"{name or 'model'}-compressed"
+    return Path("runs") / f"{name_of(checkpoint)}-compressed"
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,31 +161,6 @@ def preview(recipe: Recipe, *, device: str | None = None, progress: Progress | N
 
 def _figures(model: Model) -> dict[str, float]:
     return {"macs": macs(trace(model.module, model.spec.input)), "parameters": model.num_parameters}
-
-
-def _origin(checkpoint: str) -> Recipe | None:
-    """The recipe that made a checkpoint, where it is known."""
-    folder = saved_folder(checkpoint)
-    if folder is None:
-        training = model_zoo.card(checkpoint).training if checkpoint in model_zoo.names() else None
-        if training is None or training.recipe is None:
-            return None
-        return read_recipe(Path(training.recipe).stem)
-    records = (path / "recipe.json" for path in (folder, folder.parent))
-    record = next((path for path in records if path.is_file()), None)
-    return None if record is None else read_recipe(record)
-
-
-def _images(
-    checkpoint: str, data: str | None, on_bad_image: OnBadImage | None, origin: Recipe | None
-) -> DataSettings:
-    if origin is not None and data in (None, origin.data.source):
-        images = origin.data
-    elif data is not None:
-        images = DataSettings(data)
-    else:
-        raise RecipeError(f"{checkpoint} does not record the images it was trained on; give --data")
-    return images if on_bad_image is None else replace(images, on_bad_image=on_bad_image)
 
 
 def _step(step: type[T], option: str, text: str, first: str, default: Mapping[str, Any]) -> T:

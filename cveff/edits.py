@@ -20,13 +20,19 @@ _HOME = {
     "low_rank": "cveff.compress.low_rank_edit:LowRankEdit",
     "drop_blocks": "cveff.compress.drop_blocks:DropBlocks",
     "prune_channels": "cveff.compress.prune_channels:PruneChannels",
+    "half": "cveff.compress.quant.half:HalfGraph",
+    "quantize": "cveff.compress.quant.network:QuantizedGraph",
+    "quantize_weights": "cveff.compress.quant.weight_edit:QuantizeWeights",
     "sparsity": "cveff.compress.sparsity:Sparsity",
 }
 
 
 @runtime_checkable
 class Edit(Protocol):
-    """A frozen dataclass whose fields are JSON values and which can repeat its change on a fresh network."""
+    """A frozen dataclass whose fields are JSON values and which can repeat its change on a fresh network.
+
+    One whose networks only mean something in float32 says `needs_float32 = True`: training's "auto" precision heeds it.
+    """
 
     kind: ClassVar[str]
 

@@ -193,6 +193,8 @@ def save_weights(spec: ModelSpec, weights: Mapping[str, torch.Tensor], path: str
     with atomic_folder(path) as folder:
         save_file(state, str(folder / "weights.safetensors"))
         write_json(folder / "model.json", {"checkpoint_version": CHECKPOINT_VERSION, **spec.to_json()})
+        # safetensors lets the owner alone read what it writes; a service runs as somebody else.
+        (folder / "weights.safetensors").chmod((folder / "model.json").stat().st_mode)
 
 
 def load(path: str | Path) -> Model:

@@ -16,7 +16,8 @@ from typing import Any, cast
 
 from cveff.apply import needs_timer
 from cveff.backbones import FoldBatchNorm, Reparameterize
-from cveff.compress import Distill, LowRank, Prune, Sparsify
+from cveff.compress import Distill, LowRank, Prune, Quantize, Sparsify
+from cveff.compress.quantize import TRAINABLE
 from cveff.data.augment import Augmentation
 from cveff.data.named import NAMED
 from cveff.errors import RecipeError
@@ -48,9 +49,8 @@ RECIPES = Path(__file__).parent / "model_zoo" / "recipes"
 
 def _step_kinds() -> dict[str, type]:
     """The recipe's union: every method a `[[steps]]` table can name by its `kind`."""
-    return {
-        step.kind: step for step in (Reparameterize, FoldBatchNorm, Train, Prune, LowRank, Distill, Sparsify)
-    }
+    steps = (Reparameterize, FoldBatchNorm, Train, Prune, LowRank, Distill, Sparsify, Quantize)
+    return {step.kind: step for step in steps}
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,7 @@ class Recipe:
                 raise RecipeError(
                     f"steps[{index}]: trains after branches or batch norms were merged; train first"
                 )
+            self._check_after_quantize(index, step)
             if _is_folding(step) and step in self.steps[:index]:
                 raise RecipeError(f"steps[{index}]: {step.kind} is done twice; remove one")
             if self.deploy is None and needs_timer(step):
@@ -98,6 +99,21 @@ class Recipe:
                     f"steps[{index}]: {step.kind} has a goal in milliseconds or in shares of them, which a target "
                     'measures; add a [deploy] table with target = "edge-cpu"'
                 )
+
+    def _check_after_quantize(self, index: int, step: Step) -> None:
+        """A rounded network can be trained, where its numbers are simulated in float32, and nothing else."""
+        earlier = next((item for item in self.steps[:index] if isinstance(item, Quantize)), None)
+        if earlier is None:
+            return
+        if isinstance(step, Quantize):
+            raise RecipeError(f"steps[{index}]: quantize is done twice; remove one")
+        if not isinstance(step, (Train, Distill)):
+            raise RecipeError(f"steps[{index}]: {step.kind} comes after quantize; put quantize behind it")
+        if earlier.precision not in TRAINABLE:
+            raise RecipeError(
+                f"steps[{index}]: trains after the network was quantized to {earlier.precision}, and only "
+                f"{', '.join(TRAINABLE[:-1])} and {TRAINABLE[-1]} can be trained; train first"
+            )
 
     def _check_training(self, train: Train) -> None:
         if train.epochs == 0 and train.ema > 0:

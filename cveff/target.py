@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from cveff.errors import TargetError
-from cveff.runtime.machine import usable_cores
+from cveff.runtime.machine import ISA_FLAGS, isa, usable_cores
 
 _ENGINES = ("onnxruntime", "openvino")
-_PRECISIONS = ("fp32", "bf16", "int8", "int8-asymmetric", "int8-bf16")
+_PRECISIONS = ("fp32", "bf16", "int8", "int8-mixed", "int8-asymmetric", "int8-bf16")
 _PROFILES = Path(__file__).parent / "export" / "targets"
 
 
@@ -22,11 +22,13 @@ class Target:
     Attributes:
         name, description: for people.
         candidates: (engine, precision) pairs that `deploy` builds, measures and chooses from. Engines:
-            "onnxruntime", "openvino"; precisions: "fp32", "bf16", "int8"; for OpenVINO also
-            "int8-asymmetric" (zero points for activations) and "int8-bf16" (bfloat16 for what is not quantized).
+            "onnxruntime", "openvino"; precisions: "fp32", "bf16", "int8"; for ONNX Runtime also "int8-mixed" (layers
+            that are faster in floats, or lose too much, stay there); for OpenVINO also "int8-asymmetric" (zero points
+            for activations) and "int8-bf16" (bfloat16 for what is not quantized).
         threads: threads of the engine; 0 means every core this process may use.
         batch_sizes: batch sizes that are measured; the first decides which candidate is fastest.
         memory_mb: limit on the peak resident memory of a fresh process that runs the file, in MiB; 0: none.
+        instructions: those of `ISA_FLAGS` that the device has; None: those of this machine.
     """
 
     name: str
@@ -35,6 +37,12 @@ class Target:
     threads: int = 0
     batch_sizes: tuple[int, ...] = (1, 8)
     memory_mb: int = 0
+    instructions: tuple[str, ...] | None = None
+
+    @property
+    def instruction_sets(self) -> tuple[str, ...]:
+        """Instruction sets the device is assumed to have; none where they are this machine's and it does not tell."""
+        return tuple(isa()) if self.instructions is None else self.instructions
 
     @property
     def num_threads(self) -> int:
@@ -96,4 +104,16 @@ def _validated(values: dict[str, Any], path: Path) -> Target:
         threads=values.get("threads", 0),
         batch_sizes=sizes,
         memory_mb=values.get("memory_mb", 0),
+        instructions=_instructions(values["instructions"], path) if "instructions" in values else None,
     )
+
+
+def _instructions(names: Any, path: Path) -> tuple[str, ...]:
+    """In the order of `ISA_FLAGS`, each once."""
+    wrong = names if not isinstance(names, list) else [name for name in names if name not in ISA_FLAGS]
+    if not isinstance(names, list) or wrong:
+        raise TargetError(
+            f"{path}: instructions: {wrong!r} cannot be used; give a list out of {', '.join(ISA_FLAGS)}, or leave "
+            "the key out for those of the machine that deploys"
+        )
+    return tuple(name for name in ISA_FLAGS if name in names)

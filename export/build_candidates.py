@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from cveff.errors import CveffError, EngineError, ExportError, MissingDependencyError
 from cveff.export.candidates import Candidate
+from cveff.export.clipping import Clipping
+from cveff.export.int8 import Int8, NotWorthwhileError
 from cveff.measure.size import size_bytes
 from cveff.progress import Progress
 from cveff.runtime.engines import available_engines, open_file
@@ -36,14 +36,12 @@ class Built:
             session.close()
 
 
-def build_candidates(
-    source: Path, target: Target, calibration: np.ndarray | None, folder: Path, progress: Progress
-) -> Built:
+def build_candidates(source: Path, target: Target, int8: Int8, folder: Path, progress: Progress) -> Built:
     """Build and open every candidate; one that fails is kept with its `error`.
 
     Args:
-        source: the exported float32 file, `folder / "model.onnx"`.
-        calibration: (N, H, W, C) uint8, needed for int8.
+        source: the exported file, `folder / "model.onnx"`.
+        int8: the same model's files in integers.
         folder: where files are written.
     """
     candidates: list[Candidate] = []
@@ -52,9 +50,15 @@ def build_candidates(
     for engine, precision in progress.track(pairs, "building candidates", len(pairs)):
         candidate = Candidate(engine, precision, threads=target.num_threads)
         try:
-            path, options = _build(engine, precision, source, calibration, folder)
+            path, options = _build(engine, precision, source, int8, target, folder)
             candidate = replace(
-                candidate, file=path.name, path=path, options=options, size_bytes=size_bytes(path)
+                candidate,
+                file=path.name,
+                path=path,
+                options=options,
+                size_bytes=size_bytes(path),
+                rounding=int8.described(path),
+                saturation=_clipping(engine, precision, path, int8),
             )
             sessions[candidate.name] = open_file(engine, path, threads=candidate.threads, options=options)
         except CveffError as error:
@@ -73,60 +77,61 @@ def model_files(candidate: Candidate, folder: Path) -> dict[str, Path]:
 
 
 def _build(
-    engine: str, precision: str, source: Path, calibration: np.ndarray | None, folder: Path
+    engine: str, precision: str, source: Path, int8: Int8, target: Target, folder: Path
 ) -> tuple[Path, dict[str, Any]]:
     """The candidate's file (built unless it is there already) and the engine's options."""
     if engine not in available_engines():
         raise MissingDependencyError(f"{engine} is not installed; pip install {_requirement(engine)}")
     if engine == "onnxruntime":
-        return _build_onnx(precision, source, calibration, folder), {}
+        return _build_onnx(precision, source, int8, target), {}
     from cveff.export.openvino import Preset, convert, quantize_openvino
 
     is_bf16 = precision.endswith("bf16")
     if is_bf16 and not _BF16_ISA.intersection(isa()):
         raise EngineError("this processor has no bfloat16 arithmetic")
+    if is_bf16 and not _BF16_ISA.intersection(target.instruction_sets):
+        raise EngineError(
+            f"target {target.name} has no bfloat16 arithmetic: its instructions are "
+            f"{', '.join(target.instruction_sets) or 'none'}"
+        )
     stored = precision.removesuffix("-bf16")
+    _check_given(int8, stored)
     path = folder / (f"model.{stored}.xml" if stored.startswith("int8") else "model.xml")
     if not path.exists():
-        if stored.startswith("int8"):
+        if stored.startswith("int8") and not int8.is_given:
             # Zero points keep more of signed activations and cost time on some networks: both are built and timed.
             preset: Preset = "mixed" if stored == "int8-asymmetric" else "performance"
             quantize_openvino(
-                _rounded(source, calibration, folder), path, _needed(calibration), preset=preset
+                int8.rounded_weights(), path, int8.calibration, preset=preset, half_range=int8.clips
             )
         else:
             convert(source, path)
     return path, {"inference_precision": "bf16" if is_bf16 else "f32"}
 
 
-def _build_onnx(precision: str, source: Path, calibration: np.ndarray | None, folder: Path) -> Path:
-    if precision == "fp32":
+def _build_onnx(precision: str, source: Path, int8: Int8, target: Target) -> Path:
+    if precision not in ("fp32", "int8", "int8-mixed"):
+        raise ExportError(f"ONNX Runtime's CPU engine does not compute in {precision}")
+    _check_given(int8, precision)
+    if precision == "fp32" or int8.is_given:
         return source
-    if precision == "int8":
-        from cveff.export.quantize import quantize_onnx
+    return int8.mixed(target) if precision == "int8-mixed" else int8.onnx()
 
-        # With the weights' error mostly gone, what clipping the rarest activations costs is worth their finer steps.
-        return quantize_onnx(
-            _rounded(source, calibration, folder),
-            folder / "model.int8.onnx",
-            _needed(calibration),
-            method="percentile",
+
+def _clipping(engine: str, precision: str, path: Path, int8: Int8) -> Clipping | None:
+    """What was done against sums that clip; None for floats, and where the target does not clip."""
+    if not int8.clips or not precision.startswith("int8"):
+        return None
+    if engine == "openvino" and not int8.is_given:
+        return Clipping("half_range")
+    return int8.clipping(path)
+
+
+def _check_given(int8: Int8, precision: str) -> None:
+    if int8.is_given and precision != "int8":
+        raise ExportError(
+            f"the model is quantized already: there is no {precision} file of it but the one it says"
         )
-    raise ExportError(f"ONNX Runtime's CPU engine does not compute in {precision}")
-
-
-def _rounded(source: Path, calibration: np.ndarray | None, folder: Path) -> Path:
-    """The float32 file with its weights on the int8 grid, made once: what every int8 candidate is quantized from."""
-    from cveff.export.rounding import round_weights
-
-    path = folder / "model.rounded.onnx"
-    return path if path.exists() else round_weights(source, path, _needed(calibration))
-
-
-def _needed(calibration: np.ndarray | None) -> np.ndarray:
-    if calibration is None:
-        raise ExportError("int8 needs calibration images")
-    return calibration
 
 
 def _requirement(engine: str) -> str:
@@ -137,4 +142,8 @@ def _reason(error: CveffError) -> str:
     """The error on one line, without the temporary folder it happened in."""
     text = " ".join(str(error).split())
     text = re.sub(r"\S*/(model[\w.]*)", r"\1", text)
-    return text if isinstance(error, MissingDependencyError) else f"could not be built: {text}"
+    return (
+        text
+        if isinstance(error, (MissingDependencyError, NotWorthwhileError))
+        else f"could not be built: {text}"
+    )

@@ -1,17 +1,12 @@
-"""Checks on calibration images, shared by every quantizer, and their walk in small batches."""
+"""Checks on calibration images for a file."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import numpy as np
 import onnx
 
 from cveff.errors import ExportError
 from cveff.export.graph import image_shape
-
-BATCH = 4
-"""Images a calibration step runs at once: every activation of a batch is in memory at the same time."""
 
 
 def check_calibration(images: np.ndarray, proto: onnx.ModelProto) -> None:
@@ -35,9 +30,3 @@ def check_calibration(images: np.ndarray, proto: onnx.ModelProto) -> None:
             f"calibration images are {'×'.join(map(str, images.shape[1:]))} (H×W×C), the model takes "
             f"{'×'.join(map(str, shape))}; pass them through cveff.runtime.preprocess first"
         )
-
-
-def batches(images: np.ndarray, size: int = BATCH) -> Iterator[np.ndarray]:
-    """`images` in order, at most `size` at a time."""
-    for start in range(0, len(images), size):
-        yield images[start : start + size]

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cveff.errors import TargetError
+from cveff.export.clipping import Clipping
 from cveff.measure.latency import Latency, Ratio, paired_ratio
 
 SAME_RATIO = 1.01
@@ -39,6 +40,9 @@ class Candidate:
         size_bytes: of every file the engine needs.
         peak_rss_bytes: of a fresh process that opens the file and predicts; None where not measured.
         meaning_gap: for int8 on ONNX Runtime, the engine's answers against the file computed as written.
+        rounding: for int8 that cveff made itself: every layer's precision, range and cost
+            (`cveff.compress.quant.describe`).
+        saturation: for int8 and a target whose integer kernels clip, what was done about it.
         error: why it could not be built or run; "" when it could.
         chosen, rejected, why: the decision and its reason, filled in by `choose`. A candidate that is neither
             chosen nor rejected kept to the limits and lost on time.
@@ -57,6 +61,8 @@ class Candidate:
     size_bytes: int = 0
     peak_rss_bytes: int | None = None
     meaning_gap: Mapping[str, Any] | None = None
+    rounding: Mapping[str, Any] | None = None
+    saturation: Clipping | None = None
     error: str = ""
     chosen: bool = False
     rejected: bool = False
@@ -80,6 +86,8 @@ class Candidate:
             "size_bytes": self.size_bytes,
             "peak_rss_bytes": self.peak_rss_bytes,
             "meaning_gap": dict(self.meaning_gap) if self.meaning_gap is not None else None,
+            "rounding": dict(self.rounding) if self.rounding is not None else None,
+            **({} if self.saturation is None else {"saturation": self.saturation.to_json()}),
             "chosen": self.chosen,
             "rejected": self.rejected,
             "why": self.why,

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from cveff.compress.quant.network import is_cast
 from cveff.data.dataset import Data, OnBadImage
 from cveff.errors import StepError
 from cveff.export.build_candidates import ONNX, model_files
@@ -21,11 +22,13 @@ from cveff.export.bundle import write_bundle
 from cveff.export.deploy_checks import check_out, check_settings, gather_images
 from cveff.export.deploy_manifest import deployment_manifest
 from cveff.export.evidence import collect_evidence
+from cveff.export.int8 import Int8
 from cveff.export.measure_candidates import measure
 from cveff.export.onnx import export
 from cveff.export.report import render
 from cveff.model import Model, load
 from cveff.progress import Progress, Silent
+from cveff.runtime.machine import saturates
 from cveff.runtime.manifest import read_manifest
 from cveff.target import Target, load_target
 
@@ -92,7 +95,7 @@ def deploy(
         the bundle's path and manifest.
 
     Raises:
-        StepError: neither data nor calibration, or a setting out of range; said before any work.
+        StepError: neither data nor calibration, a setting out of range, or a model in 16 bits; said before any work.
         DataError: data that does not fit the model; said before any work.
         TargetError: unknown target, or no candidate within the limits; nothing is written then.
         ExportError: the model cannot be exported.
@@ -133,7 +136,17 @@ def deploy(
         shipped, warnings = _merge_branches(original)
         progress.message(f"exporting {original.spec.architecture} to ONNX")
         export(shipped, work / ONNX)
-        measured = measure(original, images, target, max_accuracy_drop, work, seed, progress)
+        int8 = Int8(
+            shipped,
+            images.calibration,
+            work,
+            images.selection,
+            max_accuracy_drop,
+            clips=saturates(target.instruction_sets),
+            seed=seed,
+            progress=progress,
+        )
+        measured = measure(original, int8, images, target, max_accuracy_drop, work, seed, progress)
         manifest = deployment_manifest(name, shipped, images, target, max_accuracy_drop, measured)
         manifest["recipe"] = dict(recipe) if recipe is not None else {"deploy": settings}
         if steps:
@@ -155,7 +168,15 @@ def deploy(
 
 
 def _frozen(model: Model) -> Model:
-    """A copy in evaluation mode, on the CPU, in float32: what every figure is compared with."""
+    """A copy in evaluation mode, on the CPU, in float32: what every figure is compared with.
+
+    Raises:
+        StepError: the model computes in 16 bits, which float32 weights would not undo.
+    """
+    if is_cast(model.module):
+        raise StepError(
+            f"{model.spec.architecture} is in 16 bits; deploy starts from the float32 model, export writes this one"
+        )
     return Model(model.spec, copy.deepcopy(model.module).cpu().float().eval())
 
 

@@ -156,7 +156,7 @@ def gather_images(
     else:
         assert folder is not None
         labels, warnings = model.spec.labels, []
-        source, selection = _halves(folder, seed, needs_calibration)
+        source, selection = halves(folder, seed, needs_calibration)
         evaluation = selection
     if len(selection) < FEW_IMAGES:
         warnings.append(
@@ -174,8 +174,12 @@ def gather_images(
     return Images(images, selection, evaluation, labels, tuple(warnings))
 
 
-def _halves(folder: Split, seed: int, needs_calibration: bool) -> tuple[Split | None, Split]:
-    """One half calibrates, the other measures: on images its ranges were made from, int8 looks better."""
+def halves(folder: Split, seed: int, needs_calibration: bool = True) -> tuple[Split | None, Split]:
+    """One half calibrates, the other measures: on images its ranges were made from, int8 looks better.
+
+    Raises:
+        DataError: there are fewer than two images.
+    """
     if not needs_calibration:
         return None, folder
     if len(folder) < 2:

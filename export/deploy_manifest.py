@@ -51,6 +51,7 @@ def deployment_manifest(
         "labels": list(images.labels),
         "engine": _engine_entry(chosen),
         "alternatives": _alternatives(measured.candidates, target.num_threads),
+        "instructions": list(target.instruction_sets),
         "metrics": {
             "accuracy": {
                 "reference": evaluation.accuracy(REFERENCE),
@@ -89,12 +90,15 @@ def _engine_entry(candidate: Candidate, file: str = "") -> dict[str, Any]:
         "file": file or candidate.file,
         "threads": candidate.threads,
         "options": dict(candidate.options),
+        **({} if candidate.saturation is None else {"saturation": candidate.saturation.to_json()}),
     }
 
 
 def _alternatives(candidates: Sequence[Candidate], threads: int) -> list[dict[str, Any]]:
     """Other ways to run the bundle: `model.onnx` on ONNX Runtime, and on every engine that opened it in float32."""
-    entries = {"onnxruntime": Candidate("onnxruntime", "fp32", threads=threads)}
+    built = (c for c in candidates if c.engine == "onnxruntime" and c.file == ONNX and not c.error)
+    # Of a model that came in quantized, `model.onnx` is the int8 file.
+    entries = {"onnxruntime": next(built, Candidate("onnxruntime", "fp32", threads=threads))}
     entries |= {c.engine: c for c in candidates if c.precision == "fp32" and not c.error}
     return [_engine_entry(candidate, ONNX) for candidate in entries.values() if not candidate.chosen]
 

@@ -13,6 +13,8 @@ from cveff.errors import EngineError, StepError
 from cveff.export.build_candidates import ONNX, Built, build_candidates
 from cveff.export.candidates import Candidate, Limits, choose, rejection
 from cveff.export.deploy_checks import Images
+from cveff.export.instructions import instruction_warnings
+from cveff.export.int8 import Int8
 from cveff.export.kernel_gap import gap_warnings, has_kernels, num_gap_images, with_kernel_gap
 from cveff.export.scoring import REFERENCE, Scores, first_images, score, time_all
 from cveff.measure.latency import Latency
@@ -52,6 +54,7 @@ class Measured:
 
 def measure(
     original: Model,
+    int8: Int8,
     images: Images,
     target: Target,
     max_accuracy_drop: float,
@@ -63,6 +66,7 @@ def measure(
 
     Args:
         original: the module before any merging or folding, in evaluation mode; everything is compared with it.
+        int8: files in integers of what `model.onnx` was exported from.
         work: holds the exported `model.onnx`; candidates' files are written there.
 
     Raises:
@@ -72,7 +76,7 @@ def measure(
     spec = original.spec.input
     with ExitStack() as stack:
         stack.enter_context(pinned_threads(target.num_threads))
-        built = build_candidates(work / ONNX, target, images.calibration, work, progress)
+        built = build_candidates(work / ONNX, target, int8, work, progress)
         stack.callback(built.close)
         reference = torch_predictor(original, target.num_threads)
         predictors: dict[str, Predictor] = {REFERENCE: reference, **built.sessions}
@@ -104,9 +108,8 @@ def measure(
     if chosen.name not in memories:
         chosen = _with_memory(chosen, batch, target, memories)
         decided = tuple(chosen if candidate.chosen else candidate for candidate in decided)
-    return Measured(
-        decided, chosen, selection, evaluation, timings, memories[chosen.name], gap_warnings(decided)
-    )
+    warnings = (*gap_warnings(decided), *instruction_warnings(target, decided))
+    return Measured(decided, chosen, selection, evaluation, timings, memories[chosen.name], warnings)
 
 
 def _time(

@@ -7,6 +7,7 @@ import copy
 import torch
 from torch import nn
 
+from cveff.compress.quant.network import is_cast
 from cveff.runtime.input_spec import InputSpec
 
 
@@ -47,7 +48,9 @@ class NormalizedModel(nn.Module):
 
 
 def deployable(network: nn.Module, spec: InputSpec) -> NormalizedModel:
-    """A copy of `network` with normalisation, in evaluation mode, float32, on the CPU; `network` is untouched.
+    """A copy of `network` with normalisation, in evaluation mode, on the CPU; `network` is untouched.
+
+    In float32, unless the network has types of its own (`cveff.compress.quant.half`).
 
     Attention is written as plain matrix products and softmax: the fused operator exports as a dozen
     shape computations a block, which quantizers cannot see through.
@@ -56,4 +59,6 @@ def deployable(network: nn.Module, spec: InputSpec) -> NormalizedModel:
     for module in network.modules():
         if getattr(module, "fused_attn", False) is True:
             module.fused_attn = False  # type: ignore[assignment]
-    return NormalizedModel(network.cpu().float(), spec).eval()
+    if not is_cast(network):
+        network = network.float()
+    return NormalizedModel(network.cpu(), spec).eval()

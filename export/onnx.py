@@ -15,9 +15,14 @@ import torch
 from torch import nn
 
 from cveff.errors import EngineError, ExportError
+from cveff.export import matmul_nbits
+from cveff.export.bfloat16 import has_bfloat16, in_float32
+from cveff.export.layer_check import compare_layers
 from cveff.export.metadata import write_metadata
 from cveff.export.normalize import deployable
+from cveff.export.qdq import finish, has_rounding, translations
 from cveff.export.simplify import fold_scale, simplify
+from cveff.export.trt_check import require_tensorrt
 from cveff.files import atomic_path
 from cveff.measure.parity import relative_difference
 from cveff.model import Model
@@ -27,8 +32,12 @@ from cveff.runtime.errors import first_line
 _log = logging.getLogger(__name__)
 
 OPSET = 20
+BFLOAT16_OPSET = 22
+"""The first in which convolutions and pooling take bfloat16."""
 TOLERANCE = 1e-4
 """Largest allowed max|onnx - torch| / max|torch| over the logits."""
+TOLERANCES = {torch.float16: 1e-2, torch.bfloat16: 5e-2}
+"""The same for a network in 16 bits: sums in another order are rounded to other neighbours."""
 MAX_BYTES = 2**31 - 2**20
 """protobuf cannot hold more; the graph itself is given one MiB."""
 
@@ -41,19 +50,22 @@ def export(model: Model, path: str | Path, *, opset: int = OPSET, check: bool = 
 
     Args:
         path: the file to write, atomically; conventionally `*.onnx`.
-        opset: version of the ONNX operator set.
+        opset: version of the ONNX operator set; a network in bfloat16 gets 22 at least.
         check: run the file with ONNX Runtime at batch 1 and 3 and compare it with PyTorch.
 
     Returns:
         `path`.
 
     Raises:
-        ExportError: the exporter cannot express the network, the result is not valid ONNX, it is larger than
-            2 GB, or its logits differ from PyTorch's by more than `TOLERANCE`.
+        ExportError: the exporter cannot express the network, the result is not valid ONNX (or, for a network rounded
+            for TensorRT or in 16 bits, not what that takes), it is larger than 2 GB, or its logits differ from
+            PyTorch's by more than `TOLERANCE`.
     """
     path = Path(path)
     _refuse_too_large(model)
     network = deployable(model.module, model.spec.input)
+    if torch.bfloat16 in _types(network):
+        opset = max(opset, BFLOAT16_OPSET)
     traced = _trace(network, model, opset)
     try:
         serialized = _finish(simplify(traced), model, network, check)
@@ -70,7 +82,10 @@ def _finish(
     proto: onnx.ModelProto, model: Model, network: nn.Module, check: bool, unsimplified: str | None = None
 ) -> bytes:
     """Fold the pixels' scale, describe, validate and (with `check`) compare a graph; returns the file's bytes."""
-    fold_scale(proto)
+    if has_rounding(proto):
+        finish(proto, integer_biases=not _for_tensorrt(model))
+    else:
+        fold_scale(proto)
     write_metadata(proto, model.spec, unsimplified)
     try:
         onnx.checker.check_model(proto, full_check=True)
@@ -78,15 +93,39 @@ def _finish(
         raise ExportError(
             f"{model.spec.architecture}: the exported graph is not valid ONNX: {first_line(error)}"
         ) from error
+    if _for_tensorrt(model) or _types(network) & TOLERANCES.keys():
+        require_tensorrt(proto)
     serialized: bytes = proto.SerializeToString(deterministic=True)
-    if check:
-        worst = difference(serialized, network, model)
-        if not worst <= TOLERANCE:
+    if check and has_rounding(proto):
+        _require_layers(proto, network, model)
+    elif check:
+        runnable = in_float32(proto).SerializeToString() if has_bfloat16(proto) else serialized
+        worst = difference(runnable, network, model)
+        tolerance = max(TOLERANCES.get(kind, TOLERANCE) for kind in _types(network))
+        if not worst <= tolerance:
             raise ExportError(
                 f"{model.spec.architecture}: the ONNX file's logits differ from PyTorch's by {worst:.2e} of the "
-                f"largest logit, more than {TOLERANCE:.0e}; no file was written"
+                f"largest logit, more than {tolerance:.0e}; no file was written"
             )
     return serialized
+
+
+def _require_layers(proto: onnx.ModelProto, network: nn.Module, model: Model) -> None:
+    found = compare_layers(proto, network, example_images(3, model))
+    if not found.holds:
+        raise ExportError(
+            f"{model.spec.architecture}: the file's layers are not the simulated ones: {found.equal:.2%} of the "
+            f"rounded values are equal, the worst is {found.steps} steps off, the logits {found.last:.1e}; "
+            "no file was written"
+        )
+
+
+def _types(network: nn.Module) -> set[torch.dtype]:
+    return {value.dtype for value in network.state_dict().values()}
+
+
+def _for_tensorrt(model: Model) -> bool:
+    return any(getattr(edit, "scheme", "") == "tensorrt" for edit in model.spec.edits)
 
 
 def difference(serialized: bytes, network: nn.Module, model: Model) -> float:
@@ -155,6 +194,7 @@ def _trace(network: nn.Module, model: Model, opset: int) -> onnx.ModelProto:
                 output_names=["logits"],
                 dynamic_shapes=dynamic,
                 opset_version=opset,
+                custom_translation_table=translations() | matmul_nbits.translations(),
                 verbose=False,
             )
     except Exception as error:

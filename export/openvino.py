@@ -1,4 +1,4 @@
-"""OpenVINO: IR files (`.xml` + `.bin`) from exported ONNX files, and NNCF's int8 for OpenVINO and for ONNX."""
+"""OpenVINO: IR files (`.xml` + `.bin`) from exported ONNX files, and NNCF's int8 for OpenVINO."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import importlib
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -56,6 +56,7 @@ def quantize_openvino(
     transformer: bool | None = None,
     smooth: bool | None = None,
     fast_bias_correction: bool = True,
+    half_range: bool = False,
 ) -> Path:
     """Write an int8 OpenVINO IR made by NNCF's post-training quantization (weights a channel, static activations).
 
@@ -71,6 +72,8 @@ def quantize_openvino(
             dominate and can ruin a network where none do (Swin).
         fast_bias_correction: correct each layer's mean from its own inputs alone; off, from the quantized
             network's: slower, often a little better.
+        half_range: round the weights of every layer to 7 bits: for x86 without VNNI, whose 16-bit
+            sums of 8-bit products clip.
 
     Returns:
         `destination_xml`.
@@ -82,39 +85,9 @@ def quantize_openvino(
     source, destination = Path(source_onnx), _xml(destination_xml)
     proto = read_onnx(source)
     check_calibration(calibration, proto)
-    variants = _settings(proto, preset, transformer, smooth, fast_bias_correction)
+    variants = _settings(proto, preset, transformer, smooth, fast_bias_correction, half_range=half_range)
     models = [_nncf(_read(source), calibration, settings, source) for settings in variants]
-    return _save(
-        _closest(models, _read(source), calibration, _run_openvino), destination, compress_to_fp16=False
-    )
-
-
-def quantize_onnx_nncf(
-    source_onnx: str | Path,
-    destination_onnx: str | Path,
-    calibration: np.ndarray,
-    *,
-    preset: Preset | None = None,
-    transformer: bool | None = None,
-    smooth: bool | None = None,
-    fast_bias_correction: bool = True,
-) -> Path:
-    """Write an int8 (Q/DQ) ONNX file made by NNCF; arguments and errors as `quantize_openvino`.
-
-    Activations get one scale a tensor: NNCF would give depthwise convolutions one a channel, which ONNX
-    Runtime's kernels refuse.
-    """
-    source, destination = Path(source_onnx), Path(destination_onnx)
-    proto = read_onnx(source)
-    check_calibration(calibration, proto)
-    variants = _settings(
-        proto, preset, transformer, smooth, fast_bias_correction, per_tensor_activations=True
-    )
-    models = [_nncf(proto, calibration, settings, source) for settings in variants]
-    quantized = _closest(models, proto, calibration, _run_onnx)
-    with atomic_path(destination) as temporary:
-        temporary.write_bytes(quantized.SerializeToString(deterministic=True))
-    return destination
+    return _save(_closest(models, _read(source), calibration), destination, compress_to_fp16=False)
 
 
 def _settings(
@@ -123,7 +96,7 @@ def _settings(
     transformer: bool | None,
     smooth: bool | None,
     fast_bias_correction: bool,
-    per_tensor_activations: bool = False,
+    half_range: bool = False,
 ) -> list[dict[str, Any]]:
     """`nncf.quantize`'s arguments; two sets of them where `smooth` is to be decided by trying."""
     if preset is not None and preset not in get_args(Preset):
@@ -135,7 +108,6 @@ def _settings(
     if preset is None:
         preset = "mixed" if transformer or has_signed_activations(proto) else "performance"
     presets = {"performance": nncf.QuantizationPreset.PERFORMANCE, "mixed": nncf.QuantizationPreset.MIXED}
-    activations = advanced.QuantizationParameters(per_channel=False) if per_tensor_activations else None
     off = advanced.AdvancedSmoothQuantParameters(convolution=-1, matmul=-1)
     # NNCF smooths transformers alone.
     choices = (False,) if not transformer else (False, True) if smooth is None else (smooth,)
@@ -147,36 +119,27 @@ def _settings(
             "ignored_scope": nncf.IgnoredScope(names=preprocessing_nodes(proto), validate=False),
             "advanced_parameters": advanced.AdvancedQuantizationParameters(
                 **({} if choice else {"smooth_quant_alphas": off}),
-                **({"activations_quantization_params": activations} if activations else {}),
+                **({"overflow_fix": advanced.OverflowFix.ENABLE} if half_range else {}),
             ),
         }
         for choice in choices
     ]
 
 
-def _closest(
-    models: Sequence[Any], source: Any, calibration: np.ndarray, run: Callable[[Any, np.ndarray], np.ndarray]
-) -> Any:
+def _closest(models: Sequence[Any], source: Any, calibration: np.ndarray) -> Any:
     """The model whose logits are closest to `source`'s, by the sum of squares over a few calibration images."""
     if len(models) == 1:
         return models[0]
     images = calibration[:32]
-    expected = run(source, images)
-    errors = [float(np.square(run(model, images) - expected).sum()) for model in models]
+    expected = _answers(source, images)
+    errors = [float(np.square(_answers(model, images) - expected).sum()) for model in models]
     return models[int(np.argmin(errors))]
 
 
-def _run_openvino(model: Any, images: np.ndarray) -> np.ndarray:
+def _answers(model: Any, images: np.ndarray) -> np.ndarray:
     openvino = _require("openvino")
     compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     return np.concatenate([compiled(image[None])[0] for image in images])
-
-
-def _run_onnx(model: onnx.ModelProto, images: np.ndarray) -> np.ndarray:
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    return np.concatenate([session.run(["logits"], {"images": image[None]})[0] for image in images])
 
 
 def _nncf(model: Any, calibration: np.ndarray, settings: dict[str, Any], source: Path) -> Any:

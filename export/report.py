@@ -13,10 +13,12 @@ from string import Template
 from typing import Any
 
 from cveff.export.report_plots import Point, Standing, accuracy_latency
+from cveff.export.report_rounding import rounding_section
 from cveff.export.report_sections import (
     Evidence,
     bytes_text,
     confusion_section,
+    engine_name,
     html_section,
     html_table,
     layers_section,
@@ -25,8 +27,6 @@ from cveff.export.report_sections import (
     samples_section,
     steps_section,
 )
-
-ENGINE_NAMES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
 
 _TEMPLATE = Path(__file__).with_name("report.html")
 
@@ -46,6 +46,7 @@ def render(manifest: Mapping[str, Any], evidence: Evidence | None = None) -> str
         _warnings(evidence.warnings),
         steps_section(manifest),
         _candidates(manifest),
+        rounding_section(manifest),
         layers_section(evidence),
         confusion_section(evidence.confusion, manifest["labels"]),
         samples_section(evidence.samples),
@@ -54,7 +55,7 @@ def render(manifest: Mapping[str, Any], evidence: Evidence | None = None) -> str
         _origin(manifest),
     ]
     return Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
-        title=escape(f"{model['name']}: {_engine(engine['name'])} {precision}".strip()),
+        title=escape(f"{model['name']}: {engine_name(engine['name'])} {precision}".strip()),
         lead=_lead(manifest, chosen),
         figures=_figures(manifest),
         sections="\n".join(section for section in sections if section),
@@ -174,7 +175,7 @@ def _candidate_row(entry: Mapping[str, Any], standing: Standing) -> str:
     time = "–" if entry["latency_ms"] is None else f"{entry['latency_ms']:.3g} ms"
     size = bytes_text(entry["size_bytes"]) if entry.get("size_bytes") else "–"
     verdict = {"chosen": "chosen", "kept": "not chosen", "rejected": "rejected", "reference": ""}[standing]
-    name = escape(f"{_engine(entry['engine'])} {entry['precision']}")
+    name = escape(f"{engine_name(entry['engine'])} {entry['precision']}")
     why = escape(entry["why"])
     gap = entry.get("meaning_gap")
     if gap:
@@ -218,7 +219,7 @@ def _use(manifest: Mapping[str, Any]) -> str:
     )
     engine = manifest["engine"]
     rows = [
-        ("Engine", _engine(engine["name"])),
+        ("Engine", engine_name(engine["name"])),
         ("File", engine["file"]),
         ("Threads", str(engine["threads"])),
         ("Options", json.dumps(engine.get("options", {}))),
@@ -249,10 +250,6 @@ def _origin(manifest: Mapping[str, Any]) -> str:
             body = f"<pre>{escape(json.dumps(value, indent=2, ensure_ascii=False))}</pre>"
         parts.append(f"<details><summary>{title}</summary>{body}</details>")
     return html_section("How it was made", "".join(parts)) if parts else ""
-
-
-def _engine(name: str) -> str:
-    return ENGINE_NAMES.get(name, name)
 
 
 def _count(number: int, what: str) -> str:

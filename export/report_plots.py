@@ -13,6 +13,8 @@ from typing import Literal
 
 import numpy as np
 
+from cveff.export.svg import short, svg, text
+
 Standing = Literal["chosen", "kept", "rejected", "reference"]
 
 
@@ -58,18 +60,18 @@ def accuracy_latency(points: Sequence[Point], y_label: str, x_label: str, limit:
     for tick in y_ticks:
         y = y_position(tick / 100)
         parts.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(_text(left - 8, y + 4, f"{tick:g}%", "end"))
+        parts.append(text(left - 8, y + 4, f"{tick:g}%", "end"))
     for tick in x_ticks:
         x = x_position(tick)
         parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{height - bottom}"/>')
-        parts.append(_text(x, height - bottom + 18, f"{tick:g}", "middle"))
-    parts.append(_text((left + width - right) / 2, height - 8, x_label, "middle"))
+        parts.append(text(x, height - bottom + 18, f"{tick:g}", "middle"))
+    parts.append(text((left + width - right) / 2, height - 8, x_label, "middle"))
     parts.append(f'<g transform="rotate(-90 14 {(top + height - bottom) / 2})">')
-    parts.append(_text(14, (top + height - bottom) / 2, y_label, "middle") + "</g>")
+    parts.append(text(14, (top + height - bottom) / 2, y_label, "middle") + "</g>")
     if limit is not None:
         y = y_position(limit)
         parts.append(f'<line class="limit" x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(_text(left + 6, y - 5, "accuracy limit", "start"))
+        parts.append(text(left + 6, y - 5, "accuracy limit", "start"))
     centres = [(x_position(point.x), y_position(point.y)) for point in points]
     # Of marks at one height the rightmost has the nearest label, so that leaders do not cross.
     heights = [round(y, 1) - x / 1e6 for x, y in centres]
@@ -83,9 +85,9 @@ def accuracy_latency(points: Sequence[Point], y_label: str, x_label: str, limit:
             f'<g class="point {point.standing}"><title>{escape(title)}</title>'
             f'<path class="leader" d="M{x + 8:.1f} {y:.1f} L{width - right + 4} {label_y:.1f} '
             f'H{label_x - 4}"/>'
-            f"{_mark(point.standing, x, y)}{_text(label_x, label_y + 4, point.name, 'start')}</g>"
+            f"{_mark(point.standing, x, y)}{text(label_x, label_y + 4, point.name, 'start')}</g>"
         )
-    return _svg("".join(parts), width, height, f"{y_label} against {x_label}, one mark a candidate")
+    return svg("".join(parts), width, height, f"{y_label} against {x_label}, one mark a candidate")
 
 
 def layer_bars(bars: Sequence[Bar], description: str) -> str:
@@ -106,18 +108,18 @@ def layer_bars(bars: Sequence[Bar], description: str) -> str:
     for power in range(low, high + 1):
         x = x_position(10.0**power)
         parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="4" y2="{height - 30}"/>')
-        parts.append(_text(x, height - 14, f"{10.0**power:g}", "middle"))
+        parts.append(text(x, height - 14, f"{10.0**power:g}", "middle"))
     for index, bar in enumerate(bars):
         y = 6 + index * row
         name = bar.name if len(bar.name) <= 36 else "…" + bar.name[-35:]
         length = max(1.0, x_position(bar.value) - left)
         title = f"{bar.name}: {bar.value:.2e}" + (f"; {bar.note}" if bar.note else "")
         parts.append(
-            f"<g><title>{escape(title)}</title>{_text(left - 8, y + 12, name, 'end')}"
+            f"<g><title>{escape(title)}</title>{text(left - 8, y + 12, name, 'end')}"
             f'<rect class="bar" x="{left}" y="{y}" width="{length:.1f}" height="{row - 5}" rx="2"/>'
-            f"{_text(left + length + 6, y + 12, f'{bar.value:.1e}', 'start')}</g>"
+            f"{text(left + length + 6, y + 12, f'{bar.value:.1e}', 'start')}</g>"
         )
-    return _svg("".join(parts), width, height, description)
+    return svg("".join(parts), width, height, description)
 
 
 @dataclass(frozen=True)
@@ -143,16 +145,16 @@ def waterfall(stages: Sequence[Stage]) -> str:
     for tick in _linear_ticks(0, longest or 1.0, 5):
         x = left + tick * scale
         parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="18" y2="{height - 34}"/>')
-        parts.append(_text(x, height - 18, f"{tick:g}", "middle"))
-    parts.append(_text(left + (width - left - right) / 2, height - 2, "milliseconds a call", "middle"))
-    parts.append(_text(width - right + 108, 12, "accuracy", "start"))
+        parts.append(text(x, height - 18, f"{tick:g}", "middle"))
+    parts.append(text(left + (width - left - right) / 2, height - 2, "milliseconds a call", "middle"))
+    parts.append(text(width - right + 108, 12, "accuracy", "start"))
     first, before = stages[0].milliseconds, stages[0].milliseconds
     for index, stage in enumerate(stages):
         y, length = 20 + index * row, stage.milliseconds * scale
         kind = "shipped" if index == len(stages) - 1 and index else "bar"
         title = _stage_text(stage, first)
         parts.append(
-            f"<g><title>{escape(title)}</title>{_text(left - 8, y + 16, _short(stage.name, 26), 'end')}"
+            f"<g><title>{escape(title)}</title>{text(left - 8, y + 16, short(stage.name, 26), 'end')}"
         )
         if before > stage.milliseconds:
             saved = (before - stage.milliseconds) * scale
@@ -163,13 +165,13 @@ def waterfall(stages: Sequence[Stage]) -> str:
             f'<rect class="{kind}" x="{left}" y="{y}" width="{max(1.0, length):.1f}" height="{row - 12}" rx="2"/>'
         )
         parts.append(
-            _text(left + max(length, before * scale) + 8, y + 16, f"{stage.milliseconds:.3g} ms", "start")
+            text(left + max(length, before * scale) + 8, y + 16, f"{stage.milliseconds:.3g} ms", "start")
         )
         accuracy = "–" if stage.accuracy is None else f"{100 * stage.accuracy:.2f}%"
-        parts.append(_text(width - right + 108, y + 16, accuracy, "start") + "</g>")
+        parts.append(text(width - right + 108, y + 16, accuracy, "start") + "</g>")
         before = stage.milliseconds
     described = "; ".join(_stage_text(stage, first) for stage in stages)
-    return _svg("".join(parts), width, height, f"Time and accuracy after each step: {described}")
+    return svg("".join(parts), width, height, f"Time and accuracy after each step: {described}")
 
 
 def _stage_text(stage: Stage, first: float) -> str:
@@ -187,7 +189,7 @@ def confusion_matrix(counts: np.ndarray, labels: Sequence[str]) -> str:
     """
     classes = len(labels)
     cell = max(14, min(40, 560 // classes))
-    longest = max(len(_short(label)) for label in labels)
+    longest = max(len(short(label)) for label in labels)
     left, top = 24 + 7 * longest, 24 + int(5.6 * longest)
     size = cell * classes
     totals = np.maximum(counts.sum(axis=1, keepdims=True), 1)
@@ -195,9 +197,9 @@ def confusion_matrix(counts: np.ndarray, labels: Sequence[str]) -> str:
     parts = []
     for row in range(classes):
         y = top + row * cell
-        parts.append(_text(left - 8, y + cell / 2 + 4, _short(labels[row]), "end"))
+        parts.append(text(left - 8, y + cell / 2 + 4, short(labels[row]), "end"))
         x = left + row * cell + cell / 2
-        name = _text(x, top - 8, _short(labels[row]), "start")
+        name = text(x, top - 8, short(labels[row]), "start")
         parts.append(f'<g transform="rotate(-50 {x:.1f} {top - 8})">{name}</g>')
         for column in range(classes):
             count, share = int(counts[row, column]), float(shares[row, column])
@@ -218,8 +220,8 @@ def confusion_matrix(counts: np.ndarray, labels: Sequence[str]) -> str:
                     f'text-anchor="middle">{count}</text>'
                 )
             parts.append("</g>")
-    parts.append(_text(left + size / 2, top + size + 20, "predicted (columns) against true (rows)", "middle"))
-    return _svg("".join(parts), left + size + 90, top + size + 32, "Confusion matrix of the deployed model")
+    parts.append(text(left + size / 2, top + size + 20, "predicted (columns) against true (rows)", "middle"))
+    return svg("".join(parts), left + size + 90, top + size + 32, "Confusion matrix of the deployed model")
 
 
 def _x_axis(
@@ -277,18 +279,3 @@ def _mark(standing: Standing, x: float, y: float) -> str:
     if standing == "reference":
         return f'<path class="mark" d="M{x:.1f} {y - 7:.1f} l7 7 l-7 7 l-7 -7 z"/>'
     return f'<circle class="mark" cx="{x:.1f}" cy="{y:.1f}" r="{8 if standing == "chosen" else 6}"/>'
-
-
-def _text(x: float, y: float, text: str, anchor: str) -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
-
-
-def _short(label: str, length: int = 16) -> str:
-    return label if len(label) <= length else label[: length - 1] + "…"
-
-
-def _svg(body: str, width: float, height: float, description: str) -> str:
-    return (
-        f'<svg viewBox="0 0 {width:.0f} {height:.0f}" role="img" aria-label="{escape(description)}" '
-        f'style="max-width:{width:.0f}px">{body}</svg>'
-    )

@@ -17,6 +17,7 @@ from cveff.export.report_plots import Bar, Stage, confusion_matrix, layer_bars, 
 MAX_MATRIX_CLASSES = 30
 """Past this many classes the matrix is unreadable and the most confused pairs are listed instead."""
 MAX_BARS = 60
+ENGINE_NAMES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
 THUMBNAIL = 128
 
 
@@ -215,3 +216,8 @@ def bytes_text(count: int) -> str:
     if count < 1_000_000:
         return f"{count / 1000:.1f} kB"
     return f"{count / 1_000_000:.1f} MB"
+
+
+def engine_name(name: str) -> str:
+    """As people write it."""
+    return ENGINE_NAMES.get(name, name)

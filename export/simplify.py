@@ -11,6 +11,9 @@ from onnx import numpy_helper
 from cveff.errors import ExportError
 from cveff.measure.onnx_modules import read_modules, write_modules
 
+_INTO_WEIGHTS = ["FusionConvMul", "FusionConvTransposeMul", "FusionGemmMul"]
+"""Patterns of onnxslim that take a weight for a constant and fail where it is rounded."""
+
 
 def simplify(proto: onnx.ModelProto) -> onnx.ModelProto:
     """Fold constants and drop what has no effect; each node keeps its module. Returns a new graph, `proto` stays.
@@ -26,7 +29,10 @@ def simplify(proto: onnx.ModelProto) -> onnx.ModelProto:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            simplified: onnx.ModelProto = onnxslim.slim(original)
+            is_rounded = any(node.op_type == "QuantizeLinear" for node in original.graph.node)
+            simplified: onnx.ModelProto = onnxslim.slim(
+                original, skip_fusion_patterns=_INTO_WEIGHTS if is_rounded else None
+            )
     except Exception as error:
         raise ExportError(f"onnxslim cannot simplify the graph: {type(error).__name__}: {error}") from error
     write_modules(simplified, read_modules(proto))

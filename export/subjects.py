@@ -19,7 +19,7 @@ from cveff.runtime.engines import ENGINES, open_file
 from cveff.runtime.errors import InputSizeError
 from cveff.runtime.input_spec import InputSpec
 from cveff.runtime.machine import usable_cores
-from cveff.runtime.manifest import FILE_NAME, locate, model_files, read_manifest, verify_files
+from cveff.runtime.manifest import FILE_NAME, ModelFile, locate, model_files, read_manifest, verify_files
 
 Source = Model | tuple[nn.Module, InputSpec] | str | Path
 
@@ -39,7 +39,7 @@ class Subject:
         size_bytes: of its files, or of a module's weights.
         path: the file its engine opened, None for a module; `folder`: the bundle's folder.
         model: the PyTorch model, where there is one.
-        manifest: the bundle's.
+        manifest: the bundle's; `file` is its entry that is measured.
     """
 
     name: str
@@ -56,6 +56,7 @@ class Subject:
     folder: Path | None = None
     model: Model | None = None
     manifest: Mapping[str, Any] | None = None
+    file: ModelFile | None = None
 
     @property
     def input(self) -> InputSpec:
@@ -191,6 +192,7 @@ def _bundle(folder: Path, engine: str, threads: int, name: str) -> Subject:
         path=path,
         folder=folder,
         manifest=manifest,
+        file=chosen,
     )
 
 

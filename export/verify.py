@@ -23,7 +23,7 @@ from cveff.measure.parity import LayerParity, first_large_difference, largest_ri
 from cveff.measure.torch_parity import module_parity
 from cveff.model import Model
 from cveff.progress import Progress, Silent
-from cveff.runtime.machine import missing_isa
+from cveff.runtime.processor import processor_notes
 
 FLOAT_TOLERANCE = 1e-3
 """Relative difference of logits past which a float32 file computes something else than its original."""
@@ -181,15 +181,9 @@ def _check_same_task(subject: Subject, reference: Subject) -> None:
 
 
 def _machine_notes(subject: Subject) -> tuple[str, ...]:
-    if subject.manifest is None:
+    if subject.manifest is None or subject.file is None:
         return ()
-    missing = missing_isa(subject.manifest["machine"].get("isa", ()))
-    if not missing:
-        return ()
-    return (
-        f"The bundle was measured on a processor with {', '.join(missing)}, which this one lacks: times, and int8 "
-        "answers, may differ.",
-    )
+    return tuple(f"{note[0].upper()}{note[1:]}." for note in processor_notes(subject.manifest, subject.file))
 
 
 def _score(

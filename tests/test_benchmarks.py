@@ -6,13 +6,16 @@ import importlib
 import json
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 import cveff
-from cveff.export.quantize import quantize_onnx
+from cveff.compress.quant.mixed import as_model
+from cveff.compress.quant.post_training import PostTraining
+from cveff.data.augment import normalize
 from cveff.runtime.input_spec import InputSpec
 from cveff.runtime.preprocess import preprocess
 
@@ -33,6 +36,10 @@ SCRIPTS = (
     "latency_goals",
     "compress_chain",
     "latency_table",
+    "trt_check",
+    "half",
+    "weight_only",
+    "quantize_peers",
 )
 HELPERS = (
     "choices_onnxruntime",
@@ -40,12 +47,19 @@ HELPERS = (
     "choices_rest",
     "common",
     "dense_models",
+    "emulated",
     "latency_table_models",
     "latency_table_slimmed",
+    "modelopt_peer",
     "peers",
     "photos",
+    "quantize_aware",
+    "quantize_networks",
+    "quantize_summary",
+    "quantize_tools",
     "torch_pruning_peer",
     "trained",
+    "weight_only_vit",
     "workshop",
 )
 RESULTS = sorted((ROOT / "model_zoo" / "results").glob("*.json"))
@@ -219,13 +233,14 @@ def test_heads_of_a_graph_compute_the_same(tmp_path: Path, benchmark_module) -> 
     model = cveff.create("small_resnet_s", num_classes=10, image_size=16, channels=3)
     source = cveff.export(model, tmp_path / "model.onnx")
     images = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), np.uint8)
-    for path in (source, quantize_onnx(source, tmp_path / "int8.onnx", images)):
+    rounded = PostTraining().quantize(model.module, model.spec.input, [normalize(images, model.spec.input)])
+    for path in (source, cveff.export(as_model(model, rounded), tmp_path / "int8.onnx")):
         logits = [
             choices.open_plain(
                 choices.with_head(path, head),
                 choices.floats_of(path, images) if head == choices.FLOAT else images,
             )()(images)
-            for head in (choices.FLOAT, choices.CHANNEL_SCALED, choices.CHANNEL, choices.ROW)
+            for head in choices.heads(path)
         ]
         assert np.ptp(logits[0]) > 0
         for other in logits[1:]:
@@ -239,3 +254,26 @@ def test_errors_are_relative_to_what_differs_between_images(benchmark_module) ->
     assert workshop.centred_cosine(expected, expected + shared) == pytest.approx(1)
     assert workshop.centred_cosine(-expected, expected) == pytest.approx(-1)
     assert workshop.variation_error(0.9 * expected + shared, expected + shared) == pytest.approx(0.1)
+
+
+def test_weight_only_passes_only_with_every_bar(benchmark_module) -> None:
+    subject = benchmark_module("weight_only")
+    near = {subject.NEAREST: {"perplexity_ratio": 1.3}}
+    ours = {"perplexity_ratio": 1.15, "size_ratio": 0.35}
+    assert subject.summary({**near, subject.BARRED: ours})["passes"] is True
+    for change in ({"perplexity_ratio": 1.16}, {"size_ratio": 0.36}):
+        assert subject.summary({**near, subject.BARRED: {**ours, **change}})["passes"] is False
+    better = {subject.NEAREST: {"perplexity_ratio": 1.14}}
+    assert subject.summary({**better, subject.BARRED: ours})["passes"] is False
+    assert subject.summary({subject.BARRED: ours}) == {}
+
+
+def test_perplexity_counts_every_token_but_a_windows_first(benchmark_module) -> None:
+    subject = benchmark_module("weight_only")
+
+    class Uniform(torch.nn.Module):
+        def forward(self, input_ids: torch.Tensor, use_cache: bool) -> SimpleNamespace:
+            return SimpleNamespace(logits=torch.zeros(*input_ids.shape, 7))
+
+    found = subject.perplexity(Uniform(), [torch.zeros(5, dtype=torch.long), torch.ones(3, dtype=torch.long)])
+    assert found == {"perplexity": pytest.approx(7), "tokens": 6}

@@ -11,7 +11,7 @@ import pytest
 
 import cveff
 from cveff import pipeline
-from cveff.compress import Distill, LowRank, Prune, Sparsify
+from cveff.compress import Distill, LowRank, Prune, Quantize, Sparsify
 from cveff.compression import compression_recipe, default_folder, preview
 from cveff.effects import Effects
 from cveff.errors import CveffError, RecipeError, StepError
@@ -188,8 +188,10 @@ def test_words_become_steps_in_the_order_that_makes_sense() -> None:
         sparsify="0.7",
         low_rank="0.9",
         prune="macs=0.5,depth=true",
+        quantize="int8,weights=learned",
     )
-    prune, low_rank, sparsify, distill = recipe.steps
+    prune, low_rank, sparsify, distill, quantize = recipe.steps
+    assert quantize == Quantize(weights="learned")
     assert prune == Prune(macs=0.5, depth=True)
     assert low_rank == LowRank(latency=0.9)
     assert sparsify == Sparsify(pattern="unstructured", sparsity=0.7)
@@ -201,6 +203,7 @@ def test_words_become_steps_in_the_order_that_makes_sense() -> None:
     default = compression_recipe("digits")
     assert default.steps[0] == Prune(latency=0.5)
     assert [step.kind for step in default.steps] == ["prune", "distill"]
+    assert compression_recipe("digits", quantize="default").steps == (Quantize(),)
     lengths = [
         compression_recipe("digits", epochs=7).steps[-1],
         compression_recipe("digits", distill="epochs=7").steps[-1],
@@ -236,6 +239,7 @@ def test_images_and_seed_are_those_of_the_training(tmp_path: Path) -> None:
         ({"prune": "latency=0.5,macs=0.5"}, r"one goal"),
         ({"low_rank": "2"}, r"low_rank.latency is 2"),
         ({"sparsify": "3:4"}, r"'3:4' is unknown"),
+        ({"quantize": "int7"}, r"--quantize: precision: 'int7' is unknown; did you mean 'int8'"),
         ({"distill": "method=hints"}, r"--distill: method: 'hints' is unknown"),
         ({"distill": "epochs=3", "epochs": 4}, r"epochs=3 and --epochs 4 differ"),
     ],

@@ -71,6 +71,12 @@ def test_saving_replaces_a_model_whole(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
 
+def test_weights_are_as_readable_as_the_rest(tmp_path: Path) -> None:
+    cveff.save(cveff.create("test_resnet", num_classes=2), tmp_path / "m")
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "m").iterdir()}
+    assert len(modes) == 1 and modes != {0o600}
+
+
 def test_unknown_architecture_names_close_ones() -> None:
     with pytest.raises(UnknownModelError, match="mobilenetv4_conv_small"):
         cveff.create("mobilenet_v4_conv_small")

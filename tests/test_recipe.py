@@ -92,6 +92,20 @@ MISTAKES = [
         {"steps": [{"kind": "fold_batch_norm"}, {"kind": "train"}]},
         "r.toml: steps[1]: trains after branches or",
     ),
+    ({"steps": [{"kind": "quantize"}] * 2}, "r.toml: steps[1]: quantize is done twice; remove one"),
+    (
+        {"steps": [{"kind": "quantize"}, {"kind": "prune", "macs": 0.5}]},
+        "r.toml: steps[1]: prune comes after quantize; put quantize behind it",
+    ),
+    (
+        {"steps": [{"kind": "quantize", "precision": "fp16"}, {"kind": "train"}]},
+        "r.toml: steps[1]: trains after the network was quantized to fp16, and only int8, auto and fp8 can be trained",
+    ),
+    ({"steps": [{"kind": "quantize", "scheme": "x"}]}, "r.toml: steps[0].scheme: 'x' is unknown; known: cpu"),
+    (
+        {"steps": [{"kind": "quantize", "images": 0}]},
+        "r.toml: steps[0]: quantize.images is 0; give 1 or more",
+    ),
     ({"steps": [{"kind": "fold_batch_norm"}] * 2}, "r.toml: steps[1]: fold_batch_norm is done twice"),
     ({"deploy.max_accuracy_drop": -1}, "r.toml: deploy.max_accuracy_drop: -1.0 is not a number of points"),
     ({"deploy.num_calibration": 0}, "r.toml: deploy.num_calibration: 0 is not a positive number"),

@@ -17,7 +17,13 @@ def uint8_input(values: Values) -> str:
     }
     engines = values["sections"]["uint8_input"]["engines"]
     rows = [
-        [text, *(interval(engine["times"]["ratio"][head]) for engine in engines.values())]
+        [
+            text,
+            *(
+                interval(engine["times"]["ratio"][head]) if head in engine["times"]["ratio"] else "–"
+                for engine in engines.values()
+            ),
+        ]
         for head, text in names.items()
     ]
     return markdown(["how normalisation is written", *engines], rows)

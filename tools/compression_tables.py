@@ -189,6 +189,41 @@ def _percent(shares: Sequence[float]) -> str:
     return f"{mean} ± {100 * statistics.stdev(shares):.1f}%" if len(shares) > 1 else f"{mean}%"
 
 
+def weight_only(values: Values) -> str:
+    """Perplexity and bytes of the language model, then bytes and accuracy of the ViTs' files."""
+    language = values["gemma3_270m"]
+    tokens = f"{language['fp32']['tokens']:,}"
+    text = f"Gemma-3 270M, {tokens} tokens; bytes are of the rounded layers' files:\n\n" + markdown(
+        ["weights", "perplexity", "over fp32", "MB", "over fp32"],
+        [
+            [
+                name,
+                f"{row['perplexity']:.2f}",
+                f"{row.get('perplexity_ratio', 1):.3f}",
+                f"{row['linear_bytes'] / 1e6:.1f}",
+                f"{row.get('size_ratio', 1):.3f}",
+            ]
+            for name, row in language.items()
+        ],
+    )
+    for vit in values["vit"].values():
+        text += f"\n\n`{vit['architecture']}`, {vit['weights']}; ONNX files in ONNX Runtime:\n\n" + markdown(
+            ["weights", "MB", "over fp32", "difference from PyTorch", "accuracy", "agreement with fp32"],
+            [
+                [
+                    name,
+                    f"{row['bytes'] / 1e6:.2f}",
+                    f"{row['size_ratio']:.3f}",
+                    f"{row['difference_from_torch']:.0e}",
+                    f"{100 * row['accuracy']:.2f}%" if "accuracy" in row else "–",
+                    f"{100 * row['agreement_with_fp32']:.2f}%" if "accuracy" in row else "–",
+                ]
+                for name, row in vit["rows"].items()
+            ],
+        )
+    return text
+
+
 TABLES: dict[str, Callable[[Values], str]] = {
     make.__name__: make
     for make in (
@@ -199,5 +234,6 @@ TABLES: dict[str, Callable[[Values], str]] = {
         importance,
         distill,
         sparsity,
+        weight_only,
     )
 }

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 import cveff
-from cveff.cli import compress, deploy, measure, models, recipe, train
+from cveff.cli import compress, deploy, measure, models, quantize, recipe, train
 from cveff.cli.options import examples
 from cveff.errors import CveffError
 
@@ -34,6 +34,7 @@ app = typer.Typer(
     epilog=examples(
         "cveff train digits --out runs/digits",
         "cveff compress runs/digits --prune latency=0.5 --distill",
+        "cveff quantize runs/digits --calibration photos/",
         "cveff deploy runs/digits --data digits --out digits.bundle",
         "cveff run digits.bundle photo.png",
     ),
@@ -41,7 +42,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
-for verbs in (train, compress, deploy, measure, models):
+for verbs in (train, compress, quantize, deploy, measure, models):
     verbs.register(app)
 app.add_typer(recipe.app, name="recipe")
 

@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     from cveff.compression import Preview
     from cveff.pipeline import PipelineResult
 
-BARE = ("--prune", "--low-rank", "--sparsify", "--distill")
+BARE = ("--prune", "--low-rank", "--sparsify", "--distill", "--quantize")
 """Options that may stand without a value."""
+PRECISIONS = ("int8", "int8-weights", "int4-weights", "fp16", "bf16", "fp8", "auto")
+"""What --quantize takes without a key (`cveff.compress.quantize.Precision`, which takes seconds to import)."""
 
 
 def register(app: typer.Typer) -> None:
@@ -27,6 +29,7 @@ def register(app: typer.Typer) -> None:
             "cveff compress runs/digits",
             "cveff compress runs/digits --prune latency=0.5 --distill --epochs 40 --deploy",
             "cveff compress runs/digits --prune macs=0.4,depth=true --plan",
+            "cveff compress runs/digits --prune macs=0.5 --distill --quantize int8",
             "cveff compress model/ --data photos/ --low-rank latency=0.8 --distill method=dist,epochs=30",
         )
     )(compress)
@@ -65,6 +68,15 @@ def compress(
             "--distill",
             metavar="[SETTINGS]",
             help="Fine-tune at the end with the dense model as the teacher; method=dist,learning_rate=5e-4, ….",
+        ),
+    ] = None,
+    quantize: Annotated[
+        str | None,
+        typer.Option(
+            "--quantize",
+            metavar="[SETTINGS]",
+            help="Round to int8 (also what --quantize alone means) or another precision, last of all; "
+            "int4-weights, precision=int8,weights=learned, ….",
         ),
     ] = None,
     epochs: Annotated[
@@ -118,7 +130,8 @@ def compress(
 ) -> None:
     """Make a trained model smaller and faster, by default to half its latency, and show what each step did.
 
-    Steps are done in this order: prune, low rank, sparsify, distil. Without any, --prune latency=0.5 --distill is done.
+    Steps are done in this order: prune, low rank, sparsify, distil, quantize. Without any, --prune latency=0.5
+    --distill is done.
     """
     with working(quiet) as progress:
         from cveff.compression import Preview, compression_recipe, default_folder, preview
@@ -131,6 +144,7 @@ def compress(
             low_rank=low_rank,
             sparsify=sparsify,
             distill=distill,
+            quantize=quantize,
             epochs=epochs,
             data=data,
             on_bad_image=None if on_bad_image is None else on_bad_image.value,
@@ -166,7 +180,10 @@ def with_values(words: Sequence[str]) -> list[str]:
     for index, word in enumerate(words):
         following = words[index + 1] if index + 1 < len(words) else "-"
         has_value = (
-            "=" in following or following == "2:4" or following[0:1].isdigit() or following[0:1] == "."
+            "=" in following
+            or following in ("2:4", *PRECISIONS)
+            or following[0:1].isdigit()
+            or following[0:1] == "."
         )
         is_bare = word in BARE and (following.startswith("-") or not has_value)
         found.append(f"{word}=default" if is_bare else word)

@@ -78,6 +78,10 @@ def targets(
         return print_table(
             "", ("target", "description"), [(target.name, target.description) for target in found]
         )
-    rows = [(key, value) for key, value in asdict(found[0]).items() if key != "candidates"]
+    rows = [
+        (key, value) for key, value in asdict(found[0]).items() if key not in ("candidates", "instructions")
+    ]
+    assumed = found[0].instructions
+    rows.append(("instructions", "those of this machine" if assumed is None else " ".join(assumed)))
     rows += [("candidate", " ".join(pair)) for pair in found[0].candidates]
     return print_table("", ("key", "value"), rows)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from cveff.compress.distill import Distill
 from cveff.compress.low_rank import LowRank
 from cveff.compress.prune import Prune
+from cveff.compress.quantize import Quantize
 from cveff.compress.sparsify import Sparsify
 
-__all__ = ["Distill", "LowRank", "Prune", "Sparsify"]
+__all__ = ["Distill", "LowRank", "Prune", "Quantize", "Sparsify"]

@@ -40,6 +40,25 @@ def samples(
     return list(zip(images.split(batch_size), targets.split(batch_size), strict=True))
 
 
+def calibration_batches(
+    split: Split, spec: InputSpec, count: int, *, batch_size: int = 32, seed: int = 0
+) -> list[Tensor]:
+    """The images of `samples` in mixed order, so that any stretch of them is a fair sample of all classes.
+
+    Raises:
+        StepError: as `samples`.
+        InputSizeError, ImageError: an image that the network cannot take.
+    """
+    found = [images for images, _ in samples(split, spec, count, batch_size=count, seed=seed)]
+    return mixed(found[0], batch_size, seed)
+
+
+def mixed(images: Tensor, batch_size: int, seed: int) -> list[Tensor]:
+    """Batches of images (N, C, H, W) in a random order: those of a folder stand class by class."""
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    return [images[part] for part in order.split(batch_size)]
+
+
 def require_batches(batches: Batches | None, purpose: str) -> Batches:
     """`batches`, if there is at least one image in them.
 

@@ -25,19 +25,22 @@ class Engine:
     Attributes:
         spec: what the model takes.
         labels: one name a class, in the order of the columns of the result.
-        manifest: the whole manifest, checked.
+        manifest: the whole manifest, checked; `file` is its entry that runs.
         name: the engine in use, "onnxruntime" or "openvino".
         precision: "fp32", "bf16" or one of int8's kinds; "" where the manifest does not say.
         threads: threads the engine uses.
         path: the bundle's folder.
     """
 
-    def __init__(self, session: Session, manifest: dict[str, Any], path: Path, precision: str = "") -> None:
+    def __init__(
+        self, session: Session, manifest: dict[str, Any], path: Path, file: bundle.ModelFile
+    ) -> None:
         self.manifest = manifest
+        self.file = file
         self.spec = InputSpec.from_json(manifest["input"])
         self.labels: tuple[str, ...] = tuple(manifest["labels"])
         self.name = session.engine
-        self.precision = precision
+        self.precision = file.precision
         self.threads = session.threads
         self.path = path
         self._session = session
@@ -61,7 +64,7 @@ class Engine:
         session = open_file(
             chosen.engine, bundle.locate(folder, chosen.file), threads=threads, options=chosen.options
         )
-        return cls(session, manifest, folder, chosen.precision)
+        return cls(session, manifest, folder, chosen)
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """Class probabilities (softmax of the logits).

@@ -34,6 +34,8 @@ ISA_FLAGS = (
 )
 """Instruction sets that decide how fast, and on some engines how accurately, a quantized network runs."""
 
+_VNNI = frozenset({"avx_vnni", "avx512_vnni"})
+
 
 def describe() -> dict[str, Any]:
     """This machine: `cpu`, `architecture`, `cores`, `isa`, `memory_bytes`, `os`, `python`.
@@ -64,6 +66,15 @@ def missing_isa(measured: Iterable[str]) -> list[str]:
     """Instruction sets among `measured` that this processor lacks; empty where the system does not tell."""
     own = isa()
     return [flag for flag in measured if flag not in own] if own else []
+
+
+def saturates(instructions: Iterable[str]) -> bool:
+    """Whether these are of an x86 processor whose integer kernels clip: AVX2 without VNNI.
+
+    They add pairs of uint8 × int8 products in 16 saturating bits. Arm's do not.
+    """
+    own = set(instructions)
+    return "avx2" in own and not own & _VNNI
 
 
 def usable_cores() -> int:

@@ -48,6 +48,7 @@ class ModelFile:
         threads: threads it was measured with.
         options: the engine's options, as `open_file` takes them.
         precision: "fp32", "bf16" or one of int8's kinds; "" where the manifest does not say.
+        saturation: of an int8 file made for x86 without VNNI, whose integer kernels clip: what was done about it.
     """
 
     engine: str
@@ -55,6 +56,12 @@ class ModelFile:
     threads: int
     options: Mapping[str, Any] = field(default_factory=dict)
     precision: str = ""
+    saturation: Mapping[str, Any] | None = None
+
+    @property
+    def is_guarded(self) -> bool:
+        """Whether the file was made for kernels that clip, and no channel was predicted to lose much by them."""
+        return self.saturation is not None and not self.saturation["severe"]
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
@@ -114,6 +121,8 @@ def check_manifest(manifest: Any, name: str = FILE_NAME) -> None:
         InputSpec.from_json(manifest["input"])
     except (CveffError, TypeError) as error:
         raise BundleError(f"{name}: {error}") from None
+    if "instructions" in manifest:
+        _check_instructions(_value(manifest, "instructions", list, name), name)
     listed = _check_files(manifest["files"], name)
     for model_file in model_files(manifest, name):
         needed = [model_file.file]
@@ -217,6 +226,11 @@ def _check_files(entries: list[Any], name: str) -> set[str]:
     return listed
 
 
+def _check_instructions(names: list[Any], name: str) -> None:
+    if not all(isinstance(item, str) for item in names):
+        raise BundleError(f"{name}: instructions is {names!r:.80}; it must be a list of strings")
+
+
 def _model_file(entry: Any, where: str) -> ModelFile:
     if not isinstance(entry, dict):
         raise BundleError(f"{where} is {entry!r}; it must be an object with name, file, threads and options")
@@ -229,7 +243,14 @@ def _model_file(entry: Any, where: str) -> ModelFile:
         threads=threads,
         options=_value(entry, "options", dict, where),
         precision=_value(entry, "precision", str, where) if "precision" in entry else "",
+        saturation=_saturation(entry, where) if "saturation" in entry else None,
     )
+
+
+def _saturation(entry: Mapping[str, Any], where: str) -> dict[str, Any]:
+    values: dict[str, Any] = _value(entry, "saturation", dict, where)
+    _value(values, "severe", int, f"{where}.saturation")
+    return values
 
 
 def _value(values: Mapping[str, Any], key: str, kind: type | tuple[type, ...], where: str) -> Any:

@@ -17,8 +17,8 @@ import numpy as np
 from . import open as open_bundle
 from .engine import Engine
 from .errors import CveffError, ImageError, InputSizeError
-from .machine import missing_isa
 from .preprocess import IMAGE_SUFFIXES, decode, fit
+from .processor import processor_notes
 
 _EPILOG = "Exit codes: 0 all images classified; 2 a wrong option, bundle or image (named on stderr); 1 a bug."
 
@@ -139,7 +139,8 @@ def _positive(text: str) -> int:
 def _run(options: argparse.Namespace, bundle: Path) -> int:
     paths = image_paths(options.images)
     with open_bundle(bundle, options.engine, options.threads, verify=not options.no_verify) as engine:
-        _warn_about_processor(engine)
+        for note in processor_notes(engine.manifest, engine.file):
+            print(f"warning: {note}", file=sys.stderr)
         results = classify(
             engine, paths, batch_size=options.batch_size, top_k=options.top_k, resize=options.resize
         )
@@ -195,14 +196,3 @@ def _print_json(engine: Engine, results: list[dict[str, Any]]) -> int:
     for result in failed:
         print(f"error: {result['error']}", file=sys.stderr)
     return 2 if failed else 0
-
-
-def _warn_about_processor(engine: Engine) -> None:
-    measured = engine.manifest["machine"].get("isa", [])
-    missing = missing_isa(measured if isinstance(measured, list) else [])
-    if missing:
-        print(
-            f"warning: this processor lacks {', '.join(missing)}, which the bundle was measured with: it may "
-            "be slower here and, in int8, answer differently; run `cveff verify` on this machine",
-            file=sys.stderr,
-        )

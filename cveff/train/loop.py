@@ -77,7 +77,9 @@ class _Trainer:
     ) -> None:
         self.model, self.settings, self.run, self.objective = model, settings, run, objective
         self.train_split, self.val_split = train_split, val_split
-        self.precision = choose_precision(settings.precision, run.device)
+        exact = any(getattr(edit, "needs_float32", False) for edit in model.spec.edits)
+        wanted = "fp32" if exact and settings.precision == "auto" else settings.precision
+        self.precision = choose_precision(wanted, run.device)
         self.module: nn.Module = model.module.to(run.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.extra = objective.extra.to(run.device).train() if objective.extra is not None else nn.Module()
         self.optimizer = build_optimizer(

@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 import cveff
 from cveff.cli import main
-from cveff.cli.compress import with_values
+from cveff.cli.compress import PRECISIONS, with_values
 from cveff.compress import prune_plan
+from cveff.compress.quantize import Precision
 
 QUICK = "macs=0.5,importance=magnitude,sensitivity=false,images=64"
 
@@ -59,6 +61,10 @@ def test_options_may_stand_alone() -> None:
     assert with_values(["compress", "a", "--sparsify", "2:4", "--distill", "method=dist"])[2:] == [
         "--sparsify", "2:4", "--distill", "method=dist"
     ]  # fmt: skip
+    assert with_values(["compress", "a", "--quantize", "int8-weights", "--quantize", "b"])[2:] == [
+        "--quantize", "int8-weights", "--quantize=default", "b"
+    ]  # fmt: skip
+    assert get_args(Precision) == PRECISIONS
     assert with_values(["compress", "--distill", "runs/a"]) == ["compress", "--distill=default", "runs/a"]
     assert with_values(["compress", "a", "--prune"]) == ["compress", "a", "--prune=default"]
     assert with_values(["run", "a", "--prune"]) == ["run", "a", "--prune"]

@@ -60,7 +60,7 @@ def _fails(capsys: pytest.CaptureFixture[str], *words: str) -> str:
         (["bench", "absent.onnx"], "absent.onnx does not exist"),
         (["verify", "absent.bundle", "--data", "digits"], "absent.bundle"),
         (["run", "absent.bundle", "cat.jpg"], "cat.jpg does not exist"),
-        (["targets", "moon"], "known: edge-cpu, server-cpu"),
+        (["targets", "moon"], "known: edge-cpu, edge-cpu-avx2, server-cpu"),
         (["recipe", "check", "absent"], "no recipe 'absent'"),
         (["recipe", "show", "digits", "--set", "seed=-1"], "seed: -1 is negative"),
     ],

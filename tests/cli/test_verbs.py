@@ -185,9 +185,16 @@ def test_models(capsys) -> None:
 
 
 def test_targets(capsys) -> None:
-    assert [target["name"] for target in _json(capsys, "targets")] == ["edge-cpu", "server-cpu"]
+    assert [target["name"] for target in _json(capsys, "targets")] == [
+        "edge-cpu",
+        "edge-cpu-avx2",
+        "server-cpu",
+    ]
     assert main(["targets", "edge-cpu"]) == 0
-    assert "openvino int8" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "openvino int8" in shown and "those of this machine" in shown
+    assert main(["targets", "edge-cpu-avx2"]) == 0
+    assert "avx2 fma f16c" in capsys.readouterr().out
 
 
 def test_recipe_verbs(capsys, tmp_path, monkeypatch) -> None:

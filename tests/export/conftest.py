@@ -17,7 +17,12 @@ from cveff.target import Target
 TINY_TARGET = Target(
     name="tiny",
     description="one thread, for tests",
-    candidates=(("onnxruntime", "fp32"), ("onnxruntime", "int8"), ("openvino", "fp32"), ("openvino", "int8")),
+    candidates=(
+        ("onnxruntime", "fp32"),
+        ("onnxruntime", "int8"),
+        ("openvino", "fp32"),
+        ("openvino", "int8"),
+    ),
     threads=1,
     batch_sizes=(1, 4),
 )

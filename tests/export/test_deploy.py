@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -166,7 +166,7 @@ def test_without_int8_no_image_calibrates(digits_model: Model, digits: Data) -> 
 
 def test_the_two_halves_share_no_image(digits: Data) -> None:
     assert digits.train is not None
-    calibration, held_out = deploy_checks._halves(digits.train.subset(range(41)), 3, needs_calibration=True)
+    calibration, held_out = deploy_checks.halves(digits.train.subset(range(41)), 3, needs_calibration=True)
     assert calibration is not None and (len(calibration), len(held_out)) == (20, 21)
     everything = np.concatenate(
         [[split.source(i) for i in range(len(split))] for split in (calibration, held_out)]
@@ -183,13 +183,56 @@ def test_a_missing_engine_and_a_failing_build_do_not_stop_the_run(
         raise cveff.errors.ExportError("the quantizer tripped")
 
     monkeypatch.setattr(build_candidates, "available_engines", lambda: ("onnxruntime",))
-    monkeypatch.setattr("cveff.export.quantize.quantize_onnx", fails)
+    monkeypatch.setattr("cveff.export.int8.Int8.onnx", fails)
     made = deploy(digits_model, data=digits, target=tiny_target, out=tmp_path / "b", num_calibration=8)
     assert made.chosen["engine"] == "onnxruntime" and made.chosen["precision"] == "fp32"
     why = {(entry["engine"], entry["precision"]): entry["why"] for entry in made.manifest["candidates"]}
     assert why["openvino", "int8"] == "openvino is not installed; pip install 'cveff[openvino]'"
     assert "the quantizer tripped" in why["onnxruntime", "int8"]
     assert [entry["name"] for entry in made.manifest["alternatives"]] == []
+
+
+def test_a_mixture_ships_where_it_is_the_fastest(
+    tmp_path: Path, digits_model: Model, digits: Data, quick_timing: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a device where the first layer is slow in integers, and little is gained by the others."""
+
+    def milliseconds(_: object, models: Mapping[str, Model]) -> dict[str, float]:
+        times = {}
+        for name, model in models.items():
+            edits = [edit for edit in model.spec.edits if edit.kind == "quantize"]
+            layers = [site.reader for edit in edits for site in edit.placement.weights]
+            times[name] = 20.0 + sum(4.0 if layer.startswith("stem") else -1.0 for layer in layers)
+        return times
+
+    monkeypatch.setattr("cveff.export.timer.EngineTimer.milliseconds", milliseconds)
+    pairs = (("onnxruntime", "fp32"), ("onnxruntime", "int8"), ("onnxruntime", "int8-mixed"))
+    target = Target("mixed", "", pairs, threads=1, batch_sizes=(1,))
+    made = deploy(
+        digits_model, data=digits, target=target, out=tmp_path / "b", num_calibration=64, max_accuracy_drop=5
+    )
+    mixed = made.manifest["candidates"][2]
+    assert mixed["latency_ms"] is not None, mixed["why"]
+    in_floats = [layer for layer in mixed["rounding"]["layers"] if layer["precision"] == "fp32"]
+    assert [layer["name"].partition(".")[0] for layer in in_floats] == ["stem"]
+    assert "faster in floats" in in_floats[0]["why"]
+    assert 0 <= mixed["meaning_gap"]["agreement"] <= 1
+    page = (made.path / "report.html").read_text(encoding="utf-8")
+    assert "What was rounded" in page and "ONNX Runtime int8-mixed" in page
+
+
+def test_no_mixture_is_made_where_integers_are_fast_enough(
+    tmp_path: Path, digits_model: Model, digits: Data, quick_timing: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "cveff.export.timer.EngineTimer.milliseconds", lambda _, models: {"fp32": 2.0, "int8": 1.0}
+    )
+    pairs = (("onnxruntime", "fp32"), ("onnxruntime", "int8-mixed"))
+    target = Target("mixed", "", pairs, threads=1, batch_sizes=(1,))
+    made = deploy(digits_model, data=digits, target=target, out=tmp_path / "b", num_calibration=64)
+    assert made.manifest["candidates"][1]["why"] == (
+        "not built: 8 bits throughout take 50% of floats' time and keep to the limit"
+    )
 
 
 def test_nothing_is_written_when_no_candidate_is_left(

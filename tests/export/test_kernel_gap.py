@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 import cveff
-from cveff.data import Data, calibration_images
+from cveff.compress import Quantize
+from cveff.data import Data
 from cveff.export.candidates import Candidate
 from cveff.export.kernel_gap import gap_warnings, has_kernels, with_kernel_gap
-from cveff.export.quantize import quantize_onnx
 from cveff.model import Model
 from cveff.runtime.engines import open_file
 
@@ -19,10 +19,8 @@ from cveff.runtime.engines import open_file
 @pytest.fixture(scope="module")
 def int8(tmp_path_factory: pytest.TempPathFactory, digits_model: Model, digits: Data) -> Candidate:
     folder: Path = tmp_path_factory.mktemp("int8")
-    source = cveff.export(digits_model, folder / "model.onnx", check=False)
-    assert digits.train is not None
-    images = calibration_images(digits.train, digits_model.spec.input, 32, seed=0)
-    path = quantize_onnx(source, folder / "model.int8.onnx", images)
+    rounded = cveff.apply(digits_model, Quantize(images=32), data=digits)
+    path = cveff.export(rounded, folder / "model.int8.onnx")
     return Candidate("onnxruntime", "int8", file=path.name, path=path)
 
 
@@ -53,6 +51,7 @@ def test_answers_of_a_ruined_kernel_are_a_large_gap(int8: Candidate, images: np.
 
 def test_only_onnx_runtime_int8_has_such_kernels() -> None:
     assert has_kernels(Candidate("onnxruntime", "int8"))
+    assert has_kernels(Candidate("onnxruntime", "int8-mixed"))
     assert not has_kernels(Candidate("onnxruntime", "fp32"))
     assert not has_kernels(Candidate("openvino", "int8"))
     assert not has_kernels(Candidate("onnxruntime", "int8", error="could not be built"))

@@ -16,7 +16,7 @@ import torch
 import cveff
 from cveff.errors import CveffError, ExportError, MissingDependencyError
 from cveff.export.onnx import example_images, export
-from cveff.export.openvino import convert, quantize_onnx_nncf, quantize_openvino
+from cveff.export.openvino import convert, quantize_openvino
 from cveff.measure.parity import relative_difference
 from cveff.runtime.engines import open_file
 
@@ -102,28 +102,12 @@ def test_smoothing_is_chosen_by_its_error(tmp_path):
     model = cveff.create("test_vit", num_classes=10, image_size=64)
     path, images = export(model, tmp_path / "model.onnx", check=False), example_images(4, model, seed=1)
     expected = _logits(path, images)
-    for quantize, suffix in ((quantize_openvino, "xml"), (quantize_onnx_nncf, "onnx")):
-        errors = {
-            smooth: float(
-                np.square(
-                    _logits(quantize(path, tmp_path / f"{smooth}.{suffix}", images, smooth=smooth), images)
-                    - expected
-                ).sum()
-            )
-            for smooth in (False, True, None)
-        }
-        assert errors[False] != errors[True]
-        assert errors[None] == min(errors.values())
-
-
-def test_nncf_onnx_runs_in_onnx_runtime(source, tmp_path):
-    """Depthwise convolutions too, whose activations NNCF by itself gives a scale a channel."""
-    path = quantize_onnx_nncf(source[0], tmp_path / "model.onnx", source[1])
-    onnx.checker.check_model(onnx.load(path))
-    expected = _logits(source[0], source[2])
-    assert np.linalg.norm(_logits(path, source[2]) - expected) < 0.5 * np.linalg.norm(
-        expected - expected.mean(0)
-    )
+    errors = {}
+    for smooth in (False, True, None):
+        made = quantize_openvino(path, tmp_path / f"{smooth}.xml", images, smooth=smooth)
+        errors[smooth] = float(np.square(_logits(made, images) - expected).sum())
+    assert errors[False] != errors[True]
+    assert errors[None] == min(errors.values())
 
 
 def test_quantizing_is_silent_and_leaves_the_loggers_alone(source, tmp_path, capfd):
@@ -182,31 +166,29 @@ def test_a_destination_that_is_not_xml_is_refused(source, tmp_path):
             build(source[0], tmp_path / "model.ir")
 
 
-@pytest.mark.parametrize("quantize", [quantize_openvino, quantize_onnx_nncf])
-def test_unusable_calibration_and_settings_are_refused(source, tmp_path, quantize):
+def test_unusable_calibration_and_settings_are_refused(source, tmp_path):
     path, images, _ = source
     out = tmp_path / "model.xml"
     with pytest.raises(ExportError, match="no calibration images"):
-        quantize(path, out, images[:0])
+        quantize_openvino(path, out, images[:0])
     with pytest.raises(ExportError, match="float32"):
-        quantize(path, out, images.astype(np.float32))
+        quantize_openvino(path, out, images.astype(np.float32))
     with pytest.raises(ExportError, match=r"32×64×3.*64×64×3"):
-        quantize(path, out, images[:, :32])
+        quantize_openvino(path, out, images[:, :32])
     with pytest.raises(ExportError, match=r"'fast'.*performance"):
-        quantize(path, out, images, preset="fast")
+        quantize_openvino(path, out, images, preset="fast")
     with pytest.raises(ExportError, match="does not exist"):
-        quantize(tmp_path / "absent.onnx", out, images)
+        quantize_openvino(tmp_path / "absent.onnx", out, images)
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("quantize", [quantize_openvino, quantize_onnx_nncf])
-def test_a_failing_quantizer_is_named(source, tmp_path, monkeypatch, quantize):
+def test_a_failing_quantizer_is_named(source, tmp_path, monkeypatch):
     def fails(*_, **__):
         raise RuntimeError("no statistics\nlong story")
 
     monkeypatch.setattr(nncf, "quantize", fails)
     with pytest.raises(ExportError, match=r"NNCF: RuntimeError: no statistics$"):
-        quantize(source[0], tmp_path / "model.xml", source[1])
+        quantize_openvino(source[0], tmp_path / "model.xml", source[1])
     assert list(tmp_path.iterdir()) == []
 
 

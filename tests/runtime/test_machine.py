@@ -57,3 +57,18 @@ def test_a_container_quota_limits_the_cores(monkeypatch: pytest.MonkeyPatch, tex
     monkeypatch.setattr(machine.Path, "is_file", lambda _: True)
     monkeypatch.setattr(machine.Path, "read_text", lambda *_, **__: text)
     assert machine.usable_cores() == cores
+
+
+@pytest.mark.parametrize(
+    ("instructions", "expected"),
+    [
+        (["avx2", "fma"], True),
+        (["avx2", "avx512f", "avx512bw"], True),
+        (["avx2", "avx_vnni"], False),
+        (["avx2", "avx512f", "avx512_vnni"], False),
+        (["asimd", "asimddp"], False),
+        ([], False),
+    ],
+)
+def test_x86_without_vnni_clips(instructions: list[str], expected: bool) -> None:
+    assert machine.saturates(instructions) is expected

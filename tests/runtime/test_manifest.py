@@ -12,7 +12,7 @@ import pytest
 
 import cveff.runtime
 from cveff.errors import BundleError
-from cveff.runtime.manifest import SCHEMA_VERSION, check_path, read_manifest, verify_files
+from cveff.runtime.manifest import SCHEMA_VERSION, check_path, model_files, read_manifest, verify_files
 
 KEYS = [
     *("schema_version", "model", "task", "input", "labels", "engine", "alternatives", "files"),
@@ -125,6 +125,8 @@ def test_a_missing_key_of_a_file_is_named(tiny_bundle: Path, key: str) -> None:
         ({"alternatives": [None]}, r"alternatives\[0\] is None"),
         ({"files": ["model.onnx"]}, r"files\[0\] is 'model.onnx'"),
         ({"files": []}, "files does not list 'model.onnx'"),
+        ({"instructions": "avx2"}, "instructions is 'avx2'; it must be a list"),
+        ({"instructions": ["avx2", 2]}, "it must be a list of strings"),
     ],
 )
 def test_values_that_do_not_fit(tiny_bundle: Path, values: dict[str, Any], words: str) -> None:
@@ -223,3 +225,31 @@ def test_not_a_bundle(tmp_path: Path, tiny_onnx: Path) -> None:
 def test_a_linked_bundle_opens(tiny_bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tiny_bundle)
     cveff.runtime.open(tmp_path / "link").close()
+
+
+def test_a_manifest_from_before_instructions_were_recorded_is_read(tiny_bundle: Path) -> None:
+    manifest = read_manifest(tiny_bundle)
+    assert "instructions" not in manifest
+    assert all(file.saturation is None and not file.is_guarded for file in model_files(manifest))
+
+
+@pytest.mark.parametrize(("severe", "is_guarded"), [(0, True), (3, False)])
+def test_what_was_done_against_sums_that_clip(tiny_bundle: Path, severe: int, is_guarded: bool) -> None:
+    saturation = {"guard": "narrow", "severe": severe, "key of tomorrow": None}
+    edit(tiny_bundle, lambda manifest: manifest["engine"].update(saturation=saturation))
+    chosen, other = model_files(read_manifest(tiny_bundle))
+    assert (chosen.saturation, chosen.is_guarded) == (saturation, is_guarded)
+    assert other.saturation is None
+
+
+@pytest.mark.parametrize(
+    ("saturation", "words"),
+    [
+        ("narrow", "engine: saturation is 'narrow'; it must be an object"),
+        ({"guard": "narrow"}, "engine.saturation lacks the key 'severe'"),
+        ({"severe": "none"}, "severe is 'none'; it must be an integer"),
+    ],
+)
+def test_a_damaged_record_of_it_is_refused(tiny_bundle: Path, saturation: Any, words: str) -> None:
+    edit(tiny_bundle, lambda manifest: manifest["engine"].update(saturation=saturation))
+    refused(tiny_bundle, words)

@@ -12,7 +12,6 @@ from onnx import TensorProto, helper, numpy_helper
 from workshop import THREADS, Opener, Workshop, centred_cosine, run_all
 
 from cveff.export.graph import preprocessing_nodes
-from cveff.export.quantize import quantize_onnx
 from cveff.measure.parity import relative_difference
 from cveff.runtime.engines import open_file
 
@@ -25,9 +24,7 @@ def uint8_input(workshop: Workshop) -> dict[str, Any]:
     """One graph with four heads: normalised outside, and three ways to write normalisation inside."""
     name = "mobilenetv3_small_100"
     images = workshop.held_out(name)[:1]
-    int8 = quantize_onnx(
-        workshop.exported(name), workshop.folder / f"{name}.heads.int8.onnx", workshop.calibration(name)
-    )
+    int8 = workshop.rounded(name)
     found: dict[str, Any] = {"model": name, "engines": {}}
     for label, source, opens in (
         ("ONNX Runtime fp32", workshop.exported(name), open_plain),
@@ -36,7 +33,7 @@ def uint8_input(workshop: Workshop) -> dict[str, Any]:
     ):
         openers = {
             head: opens(with_head(source, head), floats_of(source, images) if head == FLOAT else images)
-            for head in (FLOAT, CHANNEL_SCALED, CHANNEL, ROW)
+            for head in heads(source)
         }
         logits = {head: opener()(images) for head, opener in openers.items()}
         found["engines"][label] = {
@@ -48,11 +45,17 @@ def uint8_input(workshop: Workshop) -> dict[str, Any]:
     return found
 
 
+def heads(source: Path) -> tuple[str, ...]:
+    """Ways to write a file's normalisation: a scale a channel that stands before a rounding cannot be folded."""
+    _, _, scale = _head(onnx.load(source))
+    return (FLOAT, CHANNEL_SCALED, CHANNEL, ROW) if scale is None else (FLOAT, CHANNEL_SCALED, ROW)
+
+
 def with_head(source: Path, head: str) -> Path:
     """A copy of an exported file whose normalisation is written another way; it computes the same function."""
     destination = source.with_suffix(f".{head.replace(', ', '-').replace(' ', '-')}.onnx")
     proto = onnx.load(source)
-    nodes, offset = _head(proto)
+    nodes, offset, factor = _head(proto)
     if head != ROW:
         graph, normalised = proto.graph, nodes[-1].output[0]
         for node in nodes:
@@ -80,10 +83,14 @@ def with_head(source: Path, head: str) -> Path:
                 new.append(
                     helper.make_node("Mul", [subtracted, "head.scale"], [normalised], name="head.scale")
                 )
-                graph.initializer.append(
-                    numpy_helper.from_array(np.full((1, offset.shape[-1], 1, 1), scale), "head.scale")
+                values = (
+                    np.full((1, offset.shape[-1], 1, 1), scale)
+                    if factor is None
+                    else factor[0, 0, 0].reshape(1, -1, 1, 1)
                 )
-                _undo_scale(graph, normalised, scale)
+                graph.initializer.append(numpy_helper.from_array(values, "head.scale"))
+                if factor is None:
+                    _undo_scale(graph, normalised, scale)
             for index, node in enumerate(new):
                 graph.node.insert(index, node)
     onnx.checker.check_model(proto)
@@ -93,18 +100,20 @@ def with_head(source: Path, head: str) -> Path:
 
 def floats_of(source: Path, images: np.ndarray) -> np.ndarray:
     """What the float head takes: float32 (N, C, H, W)."""
-    _, offset = _head(onnx.load(source))
-    return np.ascontiguousarray((images.astype(np.float32) - offset).transpose(0, 3, 1, 2))
+    _, offset, factor = _head(onnx.load(source))
+    floats = images.astype(np.float32) - offset
+    return np.ascontiguousarray((floats if factor is None else floats * factor).transpose(0, 3, 1, 2))
 
 
-def _head(proto: onnx.ModelProto) -> tuple[list[onnx.NodeProto], np.ndarray]:
-    """The nodes Cast, Sub, Transpose, and what is subtracted, (1, 1, W, C)."""
+def _head(proto: onnx.ModelProto) -> tuple[list[onnx.NodeProto], np.ndarray, np.ndarray | None]:
+    """The nodes Cast, Sub, perhaps Mul, and Transpose; what is subtracted and multiplied with, (1, 1, W, C)."""
     names = preprocessing_nodes(proto)
     nodes = [node for name in names for node in proto.graph.node if node.name == name]
-    if [node.op_type for node in nodes] != ["Cast", "Sub", "Transpose"]:
-        raise SystemExit(f"the exported head is {[node.op_type for node in nodes]}, not Cast, Sub, Transpose")
-    constant = next(item for item in proto.graph.initializer if item.name == nodes[1].input[1])
-    return nodes, numpy_helper.to_array(constant)
+    kinds = [node.op_type for node in nodes]
+    if kinds not in (["Cast", "Sub", "Transpose"], ["Cast", "Sub", "Mul", "Transpose"]):
+        raise SystemExit(f"the exported head is {kinds}, not Cast, Sub, Transpose")
+    constants = {item.name: numpy_helper.to_array(item) for item in proto.graph.initializer}
+    return nodes, constants[nodes[1].input[1]], constants[nodes[2].input[1]] if "Mul" in kinds else None
 
 
 def _undo_scale(graph: onnx.GraphProto, name: str, scale: np.float32) -> None:
@@ -168,13 +177,13 @@ def rows_of_three(workshop: Workshop) -> dict[str, Any]:
 
 
 def int8(workshop: Workshop) -> dict[str, Any]:
-    """`quantize_onnx` against `quant_pre_process` and `quantize_static` on a plain export."""
+    """Our int8 against `quant_pre_process` and `quantize_static` on a plain export."""
     found: dict[str, Any] = {"models": {}}
     for name in workshop.some(MODELS):
         spec = workshop.model(name).spec.input
         calibration, held_out = workshop.calibration(name), workshop.held_out(name)
         floats = peers.normalised(calibration, spec)
-        ours = quantize_onnx(workshop.exported(name), workshop.folder / f"{name}.int8.onnx", calibration)
+        ours = workshop.rounded(name)
         plain = workshop.plain(name)
         peer = {TOOLS: peers.onnxruntime_int8(plain, workshop.folder / f"{name}.tool.onnx", floats)}
         if not name.startswith("vit"):

@@ -33,6 +33,8 @@ PACKAGES = (
     "nncf",
     "scikit-image",
     "scikit-learn",
+    "transformers",
+    "gguf",
 )
 
 console = Console(stderr=False, width=None if sys.stdout.isatty() else 150)

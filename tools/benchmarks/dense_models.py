@@ -31,7 +31,8 @@ class Dense:
     arguments: dict[str, Any] = field(default_factory=dict)
 
 
-def _adamw(epochs: int, learning_rate: float, precision: str) -> Train:
+def adamw(epochs: int, learning_rate: float, precision: str) -> Train:
+    """The training that all of them get."""
     return Train(
         epochs=epochs,
         batch_size=128,
@@ -47,35 +48,42 @@ def _adamw(epochs: int, learning_rate: float, precision: str) -> Train:
 
 MODELS = {
     # Depthwise convolutions train faster in float32 than in bfloat16 on processors that have both.
-    "mobile": Dense("mobilenetv4_conv_small", _adamw(20, 2e-3, "fp32"), _adamw(4, 1e-3, "fp32")),
+    "mobile": Dense("mobilenetv4_conv_small", adamw(20, 2e-3, "fp32"), adamw(4, 1e-3, "fp32")),
     "resnet": Dense(
         "resnet18",
-        _adamw(10, 2e-3, "auto"),
-        _adamw(4, 1e-3, "auto"),
+        adamw(10, 2e-3, "auto"),
+        adamw(4, 1e-3, "auto"),
         {"channels": [32, 64, 128, 256]},
     ),
     "vit": Dense(
         "vit_tiny_patch16_224",
-        _adamw(16, 1e-3, "fp32"),
-        _adamw(4, 5e-4, "fp32"),
+        adamw(16, 1e-3, "fp32"),
+        adamw(4, 5e-4, "fp32"),
         {"patch_size": 16, "depth": 6, "embed_dim": 128, "num_heads": 4},
     ),
 }
 
 
 def dense(
-    name: str, seed: int, data: Data, folder: Path, progress: Progress, epochs: int | None = None
+    name: str,
+    seed: int,
+    data: Data,
+    folder: Path,
+    progress: Progress,
+    epochs: int | None = None,
+    settings: Dense | None = None,
 ) -> Model:
     """The trained network, from `folder` if it is there; training that was stopped goes on where it was.
 
     Args:
         epochs: fewer, for a quick look.
+        settings: of a network that is not in `MODELS`.
     """
     saved = folder / f"{name}-{seed}"
     if (saved / "model.json").is_file():
         return cveff.load(saved)
-    settings = MODELS[name]
-    train = settings.train if epochs is None else _adamw(epochs, 1e-3, settings.train.precision)
+    settings = settings or MODELS[name]
+    train = settings.train if epochs is None else adamw(epochs, 1e-3, settings.train.precision)
     torch.manual_seed(seed)
     model = create_for(
         ModelSettings(

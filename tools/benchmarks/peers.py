@@ -98,12 +98,31 @@ def nncf_int8(source: Path, calibration: np.ndarray, preset: str | None = None) 
         return nncf.quantize(openvino.convert_model(str(source)), nncf.Dataset(items), **extra)
 
 
-def open_onnxruntime(path: Path, threads: int) -> FloatPredictor:
-    """A session with ONNX Runtime's defaults but the number of threads."""
+def nncf_onnx_int8(source: Path, destination: Path, calibration: np.ndarray) -> Path:
+    """`nncf.quantize(onnx.load(source), dataset)` with its defaults: an ONNX file for any engine."""
+    import nncf
+    import onnx
+
+    items = [{"x": calibration[i : i + 1]} for i in range(len(calibration))]
+    with quiet():
+        nncf.set_log_level(logging.ERROR)
+        onnx.save(nncf.quantize(onnx.load(str(source)), nncf.Dataset(items)), str(destination))
+    return destination
+
+
+def open_onnxruntime(path: Path, threads: int, as_written: bool = False) -> FloatPredictor:
+    """A session with ONNX Runtime's defaults but the number of threads.
+
+    Args:
+        as_written: without graph optimisations, so that what is rounded is computed in floats: what the file means.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    if as_written:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
     return lambda x: session.run(None, {name: x})[0]

@@ -14,6 +14,9 @@ import photos
 from engines import Timed, settled_model
 
 import cveff
+from cveff.compress.quant.mixed import as_model
+from cveff.compress.quant.post_training import PostTraining
+from cveff.data.augment import normalize
 from cveff.export.openvino import convert
 from cveff.measure import compare
 from cveff.model import Model
@@ -61,6 +64,16 @@ class Workshop:
         """cveff's own ONNX file: uint8 NHWC, normalisation inside."""
         path = self.folder / f"{name}.onnx"
         return path if path.exists() else cveff.export(self.model(name), path)
+
+    def rounded(self, name: str) -> Path:
+        """cveff's int8 file, calibrated on `calibration`."""
+        path, model = self.folder / f"{name}.int8.onnx", self.model(name)
+        if path.exists():
+            return path
+        batches = list(normalize(self.calibration(name), model.spec.input).split(16))
+        return cveff.export(
+            as_model(model, PostTraining().quantize(model.module, model.spec.input, batches)), path
+        )
 
     def plain(self, name: str) -> Path:
         """The exporter's ONNX file: float NCHW, already normalised."""

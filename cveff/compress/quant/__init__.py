@@ -1,0 +1,1 @@
+"""Quantization: where a network is rounded, to which steps, and what is done about the error."""

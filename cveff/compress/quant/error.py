@@ -1,0 +1,31 @@
+"""How far a rounded network is from the unrounded one, as a whole and layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, fx
+
+from cveff.compress.quant.ranges import rounding_off
+
+
+@torch.no_grad()
+def logits(graph: fx.GraphModule, batches: Sequence[Tensor]) -> Tensor:
+    """(images, classes)."""
+    return torch.cat([graph(images) for images in batches])
+
+
+@torch.no_grad()
+def float_logits(graph: fx.GraphModule, batches: Sequence[Tensor]) -> Tensor:
+    """The same with every rounding off; weights that were put on their grid stay there."""
+    with rounding_off(graph):
+        return logits(graph, batches)
+
+
+def relative_error(rounded: Tensor, exact: Tensor) -> float:
+    """Energy of the difference over the energy of what differs between classes, of logits (images, classes)."""
+    centred = exact - exact.mean(1, keepdim=True)
+    difference = rounded - exact
+    difference = difference - difference.mean(1, keepdim=True)
+    return float(difference.square().sum() / centred.square().sum().clamp(min=1e-30))

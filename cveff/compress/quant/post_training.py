@@ -1,0 +1,222 @@
+"""Post-training quantization of a network to 8-bit integers, from a few hundred images without labels.
+
+What is to be chosen (how ranges are found, whether channels are equalized) is chosen by what it does to the logits of
+images that the ranges were not taken from.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx, nn
+
+from cveff.compress.quant.adaround import reconstruct
+from cveff.compress.quant.capture import capture, constant, identify
+from cveff.compress.quant.channel_groups import ChannelGroup, channel_groups
+from cveff.compress.quant.checks import check_images, check_parameters, first_not_finite
+from cveff.compress.quant.equalize import ALPHA, equalize
+from cveff.compress.quant.error import logits, relative_error
+from cveff.compress.quant.fake_quant import Grid
+from cveff.compress.quant.layers import find_layers
+from cveff.compress.quant.network import Roundings, insert
+from cveff.compress.quant.placement import Placement, Scheme, place
+from cveff.compress.quant.ranges import Method, Watch, rounding_off, weight_range
+from cveff.compress.quant.round_weights import round_weights
+from cveff.compress.quant.saturation import narrow, predict_saturation
+from cveff.compress.quant.settle import Seen, divided, not_finite, watch_until_settled
+from cveff.progress import Progress, Silent
+from cveff.runtime.input_spec import InputSpec
+
+WeightRounding = Literal["nearest", "compensated", "learned"]
+
+_METHODS: tuple[Method, ...] = ("mse", "percentile", "minmax")
+
+
+@dataclass
+class PostTraining:
+    """Settings, as `Quantize` describes them.
+
+    Attributes:
+        narrow: give wider steps to weights of channels that clip on x86 without VNNI.
+    """
+
+    scheme: Scheme = "cpu"
+    method: Method | Literal["auto"] = "auto"
+    weight_method: Literal["minmax", "mse"] = "minmax"
+    weights: WeightRounding = "compensated"
+    equalize: bool | Literal["auto"] = "auto"
+    alpha: float = ALPHA
+    narrow: bool = False
+    exclude: tuple[str, ...] = ()
+    seed: int = 0
+    progress: Progress = field(default_factory=Silent)
+
+    def quantize(self, module: nn.Module, spec: InputSpec, batches: Sequence[Tensor]) -> Quantized:
+        """The rounded graph of `module`, which is left as it is.
+
+        Args:
+            batches: images (B, C, H, W), normalised, in mixed order. The last quarter is what choices are made by;
+                nothing is calibrated on it, unless there is one image only.
+
+        Raises:
+            StepError: no images or such as do not fit, the network cannot be captured, or it overflows on them.
+        """
+        batches = divided(check_images(batches, spec))
+        given = sum(map(len, batches))
+        exact = capture(module, spec)
+        check_parameters(exact)
+        held = batches[-max(1, len(batches) // 4) :]
+        batches = batches[: -len(held)] or held
+        expected = _logits(exact, held)
+        tried = self._groups(exact)
+        best: Quantized | None = None
+        for is_equalized in (False, True) if self.equalize == "auto" else (bool(self.equalize),):
+            if is_equalized and not tried:
+                if best is not None:
+                    continue
+                is_equalized = False
+            source = copy.deepcopy(exact)
+            if is_equalized:
+                equalize(source, self._groups(source), batches, self.alpha)
+            found = self._attempt(source, batches, held, expected)
+            found.equalized = len(tried) if is_equalized else 0
+            if self.equalize == "auto" and tried:
+                how = "with" if is_equalized else "without"
+                self.progress.message(
+                    f"{how} equalization: the logits' error is {found.error:.4f} of their energy"
+                )
+            if best is None or found.error < best.error:
+                best = found
+        assert best is not None
+        if self.weights == "learned":
+            self._learn(best, batches)
+            best.error = relative_error(logits(best.graph, held), expected)
+        for warning in best.seen.warnings(given):
+            self.progress.message(warning)
+        return best
+
+    def _groups(self, graph: fx.GraphModule) -> list[ChannelGroup]:
+        """What is equalized: of itself only what layer norms make, whose channels differ most."""
+        if not self.equalize:
+            return []
+        return [group for group in channel_groups(graph) if group.is_norm or self.equalize is True]
+
+    def _attempt(
+        self,
+        exact: fx.GraphModule,
+        batches: Sequence[Tensor],
+        held: Sequence[Tensor],
+        expected: Tensor,
+    ) -> Quantized:
+        graph = copy.deepcopy(exact)
+        placement = place(graph, self.scheme, self.exclude)
+        roundings = insert(graph, placement)
+        watch = Watch(graph, roundings.tensors)
+        seen = watch_until_settled(watch, exact, batches, self.progress)
+        if self.scheme == "openvino":
+            placement = _signed_where_negative(placement, roundings, watch)
+        method = self._set_ranges(graph, watch, roundings, held, expected)
+        nodes = identify(graph)
+        for site in placement.weights:
+            rounded: Any = nodes[site.reader].args[1]
+            weight = constant(graph, rounded.args[0])
+            assert weight is not None
+            rounding = roundings.weights[site.reader]
+            rounding.set_range(*weight_range(weight, site.axis, rounding.grid, self.weight_method))
+        used = batches[: -(-seen.images // len(batches[0]))]
+        narrowed: dict[str, int] = {}
+        if self.narrow:
+            # A sum that clips is no matter of taste: every image that is at hand may tell of one.
+            narrowed = narrow(graph, predict_saturation(graph, [*used, *held], seed=self.seed))
+        if self.weights != "nearest":
+            round_weights(graph, used, seed=self.seed)
+        error = relative_error(logits(graph, held), expected)
+        extremes = {name: (histogram.low, histogram.high) for name, histogram in watch.histograms.items()}
+        return Quantized(graph, exact, placement, roundings, method, seen, error, narrowed, extremes)
+
+    def _set_ranges(
+        self,
+        graph: fx.GraphModule,
+        watch: Watch,
+        roundings: Roundings,
+        held: Sequence[Tensor],
+        expected: Tensor,
+    ) -> Method:
+        methods = _METHODS if self.method == "auto" else (self.method,)
+        errors: dict[Method, float] = {}
+        for method in methods:
+            _put(roundings, watch, method)
+            if len(methods) > 1:
+                with rounding_off(graph, roundings.weights.values()):
+                    errors[method] = relative_error(logits(graph, held), expected)
+        chosen = min(errors, key=lambda method: errors[method]) if errors else methods[0]
+        _put(roundings, watch, chosen)
+        return chosen
+
+    def _learn(self, found: Quantized, batches: Sequence[Tensor]) -> None:
+        """Put the float weights back and learn how each is rounded."""
+        others = {layer.name: layer for layer in find_layers(found.exact)}
+        for layer in find_layers(found.graph):
+            layer.put(found.graph, others[layer.name].matrix(found.exact))
+        reconstruct(found.graph, found.exact, batches, seed=self.seed, progress=self.progress)
+
+
+@dataclass
+class Quantized:
+    """A rounded network.
+
+    Attributes:
+        graph: it; `exact`: the same without roundings, channels equalized where they were.
+        placement, roundings: what is rounded.
+        method: how its ranges were found.
+        seen: what they were made from.
+        error: energy of the change of the logits over that of their differences between classes, on held-out images.
+        narrowed: layer -> channels whose steps are wider so that 16-bit sums do not clip.
+        extremes: tensor -> the least and greatest value on calibration images.
+        equalized: tensors whose channels were equalized.
+    """
+
+    graph: fx.GraphModule
+    exact: fx.GraphModule
+    placement: Placement
+    roundings: Roundings
+    method: Method
+    seen: Seen
+    error: float
+    narrowed: dict[str, int]
+    extremes: dict[str, tuple[float, float]]
+    equalized: int = 0
+
+
+def _logits(exact: fx.GraphModule, held: Sequence[Tensor]) -> Tensor:
+    """The unrounded network's answers.
+
+    Raises:
+        StepError: one is no number; the operator where that begins is named.
+    """
+    found = logits(exact, held)
+    if not bool(torch.isfinite(found).all()):
+        names = (first_not_finite(exact, images) for images in held)
+        raise not_finite(next((name for name in names if name), "the last operator"))
+    return found
+
+
+def _signed_where_negative(placement: Placement, roundings: Roundings, watch: Watch) -> Placement:
+    """Tensors with negative values get a symmetric signed grid; the others keep all of an unsigned one."""
+    signed = {name for name, histogram in watch.histograms.items() if histogram.low < 0}
+    for name in signed:
+        roundings.tensors[name].grid = Grid(8, signed=True, symmetric=True)
+    sites = tuple(
+        replace(site, signed=True, symmetric=True) if (site.like or site.tensor) in signed else site
+        for site in placement.sites
+    )
+    return replace(placement, sites=sites)
+
+
+def _put(roundings: Roundings, watch: Watch, method: Method) -> None:
+    for name, (low, high) in watch.ranges(method).items():
+        roundings.tensors[name].set_range(torch.tensor(low), torch.tensor(high))
