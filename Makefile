@@ -8,6 +8,7 @@ DATA ?= digits
 VENV := .venv
 RUN_VENV := .venv-run
 BIN := $(VENV)/bin
+# Each on one thread: workers that share cores would wait for one another's threads.
 WORKERS ?= 2
 BUNDLE := runs/demo-$(DATA)/$(DATA).bundle
 # Fashion-MNIST for as many epochs as fit in a few minutes; model_zoo/recipes/fashion-mnist.toml has the full run.
@@ -28,7 +29,7 @@ demo: $(VENV)/demo.done
 	@echo "Report: $(BUNDLE)/report.html"
 
 test: $(VENV)/dev.done
-	$(BIN)/python -m pytest -n $(WORKERS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
 check: lint types test
 
