@@ -30,7 +30,7 @@ from cveff.target import Target
 
 BATCH = 32
 ENOUGH = 0.67
-"""Share of floats' time at which 8 bits throughout are taken as they are: floats in places gain a few percent then."""
+"""Share of floats' time at which 8 bits throughout are taken as they are, and no mixture is searched for."""
 DESCRIBED = 2
 """Batches that the report's costs are measured on."""
 

@@ -113,18 +113,9 @@ def compress(
     ] = 1.0,
     resume: options.Resume = False,
     overwrite: options.Overwrite = False,
-    on_bad_image: Annotated[
-        options.BadImage | None,
-        typer.Option(
-            "--on-bad-image", help="Unreadable image files: error or skip; by default as in training."
-        ),
-    ] = None,
-    seed: Annotated[
-        int | None, typer.Option("--seed", min=0, help="By default that of the training, for the same split.")
-    ] = None,
-    device: Annotated[
-        str | None, typer.Option("--device", help="cpu or cuda; by default a GPU if there is one.")
-    ] = None,
+    on_bad_image: options.OnBadImageAsTrained = None,
+    seed: options.SeedAsTrained = None,
+    device: options.Device = None,
     quiet: options.Quiet = False,
     as_json: options.Json = False,
 ) -> None:

@@ -37,6 +37,16 @@ OnBadImage = Annotated[
     BadImage,
     typer.Option("--on-bad-image", help="Unreadable image files: stop at the first, or skip and count them."),
 ]
+OnBadImageAsTrained = Annotated[
+    BadImage | None,
+    typer.Option("--on-bad-image", help="Unreadable image files: error or skip; by default as in training."),
+]
+SeedAsTrained = Annotated[
+    int | None, typer.Option("--seed", min=0, help="By default that of the training, for the same split.")
+]
+Device = Annotated[
+    str | None, typer.Option("--device", help="cpu or cuda; by default a GPU if there is one.")
+]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="All randomness derives from it.")]
 Threads = Annotated[
     int | None,

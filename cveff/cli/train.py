@@ -53,9 +53,7 @@ def train(
         options.BadImage | None, typer.Option("--on-bad-image", help="Same as --set data.on_bad_image=….")
     ] = None,
     seed: Annotated[int | None, typer.Option("--seed", min=0, help="Same as --set seed=….")] = None,
-    device: Annotated[
-        str | None, typer.Option("--device", help="cpu or cuda; by default a GPU if there is one.")
-    ] = None,
+    device: options.Device = None,
     tensorboard: Annotated[
         bool, typer.Option("--tensorboard", help="Also write TensorBoard events.")
     ] = False,
