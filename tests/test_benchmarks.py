@@ -42,6 +42,7 @@ SCRIPTS = (
     "quantize_peers",
 )
 HELPERS = (
+    "architectures",
     "choices_onnxruntime",
     "choices_openvino",
     "choices_rest",

@@ -12,11 +12,9 @@ python tools/benchmarks/half.py    # about half an hour on two cores
 
 from __future__ import annotations
 
-import argparse
 import json
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,8 @@ import common
 import numpy as np
 import onnx
 import torch
-from trt_check import QUICK, SIZES, difference, in_process, open_session, random_model
+from architectures import SIZES, measure, random_model
+from trt_check import difference, open_session
 
 from cveff.compress.quant.half import HalfPrecision, to_half
 from cveff.data.augment import normalize
@@ -42,31 +41,11 @@ NOTE = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--quick", action="store_true", help="two architectures, results are not committed")
-    parser.add_argument("--fresh", action="store_true", help="measure every row again")
-    parser.add_argument("--out", type=Path, help="results as JSON")
-    parser.add_argument("--row", help="measure one architecture and print it")
-    parser.add_argument("--jobs", type=int, default=1, help="rows measured at a time")
-    parser.add_argument("--seconds", type=int, default=600, help="limit for a row")
-    arguments = parser.parse_args()
-    if arguments.row:
-        torch.set_num_threads(1)
-        print(json.dumps(row(arguments.row)))
-        return
-    names = QUICK if arguments.quick else tuple(SIZES)
-    out = arguments.out or common.output("half.json", arguments.quick)
-    results = common.Results(out, __file__, {"seed": 0, "images": 16}, fresh=arguments.fresh)
-    rows = results.values.setdefault("rows", {})
-    missing = [name for name in names if "error" in rows.get(name, {"error": ""})]
-    with ThreadPoolExecutor(arguments.jobs) as pool:
-        pending = {pool.submit(in_process, __file__, name, arguments.seconds): name for name in missing}
-        for done in as_completed(pending):
-            rows[pending[done]] = done.result()
-            results.values["summary"] = summary(rows)
-            results.save()
+    """Every architecture, or what the command line says."""
+    names, values = measure(__doc__, __file__, "half.json", row, summary)
+    rows = values["rows"]
     common.table("In 16 bits", COLUMNS, [line for name in names for line in shown(name, rows[name])], NOTE)
-    common.console.print_json(json.dumps(results.values["summary"]))
+    common.console.print_json(json.dumps(values["summary"]))
 
 
 def row(name: str) -> dict[str, Any]:

@@ -16,15 +16,11 @@ python tools/benchmarks/trt_check.py    # about half an hour on two cores
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
-import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +29,9 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
+from architectures import SIZES, measure, random_model
 from torch import nn
 
-import cveff
 from cveff.compress.quant.capture import capture, constant, identify
 from cveff.compress.quant.network import QuantizedGraph, insert
 from cveff.compress.quant.placement import place
@@ -47,44 +43,6 @@ from cveff.export.onnx import example_images, export
 from cveff.export.trt_check import check_tensorrt
 from cveff.model import Model, with_module
 
-SIZES = {
-    "resnet50": 64,
-    "regnety_002": 64,
-    "densenet121": 64,
-    "vgg11_bn": 64,
-    "mobilenetv2_100": 64,
-    "mobilenetv3_large_100": 64,
-    "mobilenetv4_conv_small": 64,
-    "efficientnet_b0": 64,
-    "efficientnet_lite0": 64,
-    "ghostnetv2_100": 64,
-    "lcnet_100": 64,
-    "repvgg_a0": 64,
-    "hgnetv2_b0": 64,
-    "res2net50_14w_8s": 64,
-    "fastvit_t8": 64,
-    "convnext_atto": 64,
-    "convnextv2_atto": 64,
-    "inception_next_tiny": 64,
-    "edgenext_xx_small": 64,
-    "poolformerv2_s12": 64,
-    "vit_tiny_patch16_224": 64,
-    "deit3_small_patch16_224": 64,
-    "swin_tiny_patch4_window7_224": 64,
-    "swinv2_tiny_window8_256": 64,
-    "levit_128s": 224,
-    "mobilevitv2_050": 64,
-    "efficientformerv2_s0": 224,
-    "tiny_vit_5m_224": 64,
-    "coatnet_nano_rw_224": 224,
-    "efficientvit_b0": 64,
-    "mixer_s32_224": 64,
-    "caformer_s18": 64,
-    "davit_tiny": 64,
-    "pvt_v2_b0": 64,
-}
-"""Architecture -> side of its images."""
-QUICK = ("mobilenetv4_conv_small", "vit_tiny_patch16_224")
 COLUMNS = (
     "architecture",
     "rounded",
@@ -107,34 +65,11 @@ NOTE = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--quick", action="store_true", help="two architectures, results are not committed")
-    parser.add_argument("--fresh", action="store_true", help="measure every row again")
-    parser.add_argument("--out", type=Path, help="results as JSON")
-    parser.add_argument("--row", help="measure one architecture and print it")
-    parser.add_argument("--jobs", type=int, default=1, help="rows measured at a time")
-    parser.add_argument("--seconds", type=int, default=600, help="limit for a row")
-    arguments = parser.parse_args()
-    if arguments.row:
-        torch.set_num_threads(1)
-        print(json.dumps(row(arguments.row)))
-        return
-    names = QUICK if arguments.quick else tuple(SIZES)
-    out = arguments.out or common.output("trt_check.json", arguments.quick)
-    results = common.Results(out, __file__, {"seed": 0, "images": 16}, fresh=arguments.fresh)
-    rows = results.values.setdefault("rows", {})
-    missing = [name for name in names if "error" in rows.get(name, {"error": ""})]
-    with ThreadPoolExecutor(arguments.jobs) as pool:
-        pending = {pool.submit(in_process, __file__, name, arguments.seconds): name for name in missing}
-        for done in as_completed(pending):
-            rows[pending[done]] = done.result()
-            results.values["summary"] = summary(rows)
-            results.save()
-    results.values["rows"] = rows = {name: rows[name] for name in names}
-    results.values["summary"] = summary(rows)
-    results.save()
+    """Every architecture, or what the command line says."""
+    names, values = measure(__doc__, __file__, "trt_check.json", row, summary)
+    rows = values["rows"]
     common.table("Rounded for TensorRT", COLUMNS, [shown(name, rows[name]) for name in names], NOTE)
-    common.console.print_json(json.dumps(results.values["summary"]))
+    common.console.print_json(json.dumps(values["summary"]))
 
 
 def row(name: str) -> dict[str, Any]:
@@ -171,18 +106,6 @@ def row(name: str) -> dict[str, Any]:
         "same_top1": int((files["DISABLE_ALL"].argmax(1) == simulated.argmax(1)).sum()),
         "seconds": round(time.perf_counter() - started, 1),
     }
-
-
-def random_model(name: str) -> Model:
-    """Random weights, and biases that are not zero."""
-    torch.manual_seed(0)
-    model = cveff.create(name, 10, image_size=SIZES[name])
-    with torch.no_grad():
-        for parameter in model.module.parameters():
-            if parameter.ndim == 1:
-                parameter.add_(0.02 * torch.randn_like(parameter))
-    model.module.eval()
-    return model
 
 
 def round_for_tensorrt(model: Model) -> Model:
@@ -247,20 +170,6 @@ def double(network: nn.Module, images: np.ndarray) -> np.ndarray | None:
 def difference(one: np.ndarray, other: np.ndarray) -> float:
     """mean |one - other| / mean |other|."""
     return float(np.abs(one - other).mean() / np.abs(other).mean())
-
-
-def in_process(script: str, name: str, seconds: int) -> dict[str, Any]:
-    """A script's `--row` in a process of its own; what went wrong under "error"."""
-    call = [sys.executable, script, "--row", name]
-    try:
-        done = subprocess.run(call, capture_output=True, text=True, timeout=seconds, check=False)
-    except subprocess.TimeoutExpired:
-        return {"error": f"took more than {seconds} s"}
-    if done.returncode:
-        return {
-            "error": done.stderr.strip().splitlines()[-1][:300] if done.stderr else f"exit {done.returncode}"
-        }
-    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def shown(name: str, values: dict[str, Any]) -> list[object]:
