@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from cveff.compress.quant.describe import describe
-from cveff.compress.quant.mixed import FP32, INT8, MIXED, Mixed, MixedPrecision, as_model
+from cveff.compress.quant.mixed import FP32, INT8, MIXED, Mixed, MixedPrecision
 from cveff.compress.quant.network import is_quantized
 from cveff.compress.quant.points import Points
 from cveff.compress.quant.post_training import PostTraining, Quantized
@@ -142,7 +142,7 @@ class Int8:
         return Clipping.of("none" if self.is_given else "narrow", narrowed, left, len(self.calibration))
 
     def _write(self, path: Path, found: Quantized, mixed: Mixed | None = None) -> Path:
-        export(as_model(self.model, found), path)
+        export(found.of(self.model), path)
         self._written[path] = found
         self._described[path] = describe(found, self._batches()[:DESCRIBED], mixed=mixed, seed=self.seed)
         return path

@@ -104,7 +104,7 @@ class TrtGraph:
         try:
             inferred = onnx.shape_inference.infer_shapes(bare).graph
         except onnx.shape_inference.InferenceError:
-            inferred = bare.graph
+            inferred = bare.graph  # the checker says that types contradict each other
         found = {
             item.name: item.type.tensor_type.elem_type
             for group in (inferred.input, inferred.output, inferred.value_info)

@@ -13,7 +13,6 @@ import pytest
 import torch
 
 import cveff
-from cveff.compress.quant.mixed import as_model
 from cveff.compress.quant.post_training import PostTraining
 from cveff.data.augment import normalize
 from cveff.runtime.input_spec import InputSpec
@@ -235,7 +234,7 @@ def test_heads_of_a_graph_compute_the_same(tmp_path: Path, benchmark_module) -> 
     source = cveff.export(model, tmp_path / "model.onnx")
     images = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), np.uint8)
     rounded = PostTraining().quantize(model.module, model.spec.input, [normalize(images, model.spec.input)])
-    for path in (source, cveff.export(as_model(model, rounded), tmp_path / "int8.onnx")):
+    for path in (source, cveff.export(rounded.of(model), tmp_path / "int8.onnx")):
         logits = [
             choices.open_plain(
                 choices.with_head(path, head),

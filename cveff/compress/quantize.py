@@ -9,7 +9,7 @@ from typing import ClassVar, Literal, get_args
 from torch import Tensor
 
 from cveff.backbones.reparameterize import Reparameterize, has_branches
-from cveff.compress.quant.mixed import MixedPrecision, as_model
+from cveff.compress.quant.mixed import MixedPrecision
 from cveff.compress.quant.network import is_cast, is_quantized
 from cveff.compress.quant.placement import Scheme
 from cveff.compress.quant.points import Points
@@ -213,7 +213,7 @@ class Quantize:
         found = work.quantize(model.module, model.spec.input, images)
         if self.precision == "auto":
             return self._mixed(model, found, work, images, run), _described(split.name, found)
-        return as_model(model, found), _described(split.name, found)
+        return found.of(model), _described(split.name, found)
 
     def _mixed(
         self, model: Model, found: Quantized, work: PostTraining, images: list[Tensor], run: Run
@@ -225,7 +225,7 @@ class Quantize:
             run.progress.message(line)
         if run.folder is not None:
             write_json(run.folder / MIXED_FILE, mixed.to_json())
-        return model if mixed.quantized is None else as_model(model, mixed.quantized)
+        return model if mixed.quantized is None else mixed.quantized.of(model)
 
     def _narrows(self, run: Run) -> bool:
         if self.saturation == "auto":

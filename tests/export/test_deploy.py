@@ -216,7 +216,7 @@ def test_a_mixture_ships_where_it_is_the_fastest(
     in_floats = [layer for layer in mixed["rounding"]["layers"] if layer["precision"] == "fp32"]
     assert [layer["name"].partition(".")[0] for layer in in_floats] == ["stem"]
     assert "faster in floats" in in_floats[0]["why"]
-    assert 0 <= mixed["meaning_gap"]["agreement"] <= 1
+    assert mixed["meaning_gap"]["agreement"] > 0.9
     page = (made.path / "report.html").read_text(encoding="utf-8")
     assert "What was rounded" in page and "ONNX Runtime int8-mixed" in page
 

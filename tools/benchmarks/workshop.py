@@ -14,7 +14,6 @@ import photos
 from engines import Timed, settled_model
 
 import cveff
-from cveff.compress.quant.mixed import as_model
 from cveff.compress.quant.post_training import PostTraining
 from cveff.data.augment import normalize
 from cveff.export.openvino import convert
@@ -71,9 +70,8 @@ class Workshop:
         if path.exists():
             return path
         batches = list(normalize(self.calibration(name), model.spec.input).split(16))
-        return cveff.export(
-            as_model(model, PostTraining().quantize(model.module, model.spec.input, batches)), path
-        )
+        rounded = PostTraining().quantize(model.module, model.spec.input, batches)
+        return cveff.export(rounded.of(model), path)
 
     def plain(self, name: str) -> Path:
         """The exporter's ONNX file: float NCHW, already normalised."""

@@ -16,13 +16,12 @@ from typing import Any
 
 from torch import Tensor
 
-from cveff.compress.quant.network import QuantizedGraph
 from cveff.compress.quant.partial import without
 from cveff.compress.quant.points import Points
 from cveff.compress.quant.post_training import PostTraining, Quantized
 from cveff.compress.quant.segments import Segment, segments
 from cveff.compress.quant.sensitivity import Costs, rounding_costs
-from cveff.model import Model, with_module
+from cveff.model import Model
 from cveff.steps import ModelTimer
 
 SAME = 0.01
@@ -121,14 +120,14 @@ class MixedPrecision:
         """
         self._lost = {FP32: 0.0, INT8: self.points.lost(found.graph)}
         if self.enough > 0 and self._lost[INT8] <= self.max_accuracy_drop:
-            times = self.timer.milliseconds({FP32: model, INT8: as_model(model, found)})
+            times = self.timer.milliseconds({FP32: model, INT8: found.of(model)})
             if times[INT8] <= self.enough * times[FP32]:
                 return Mixed(INT8, found, (), times, dict(self._lost))
         parts = self._parts(found)
         variants = {part.name: without(found, part.operators) for part in parts} if len(parts) > 1 else {}
-        models = {FP32: model, INT8: as_model(model, found)}
+        models = {FP32: model, INT8: found.of(model)}
         self.work.progress.message(f"timing {len(variants)} segments in floats, each with the rest in 8 bits")
-        alone = {f"{name} in floats": as_model(model, variant) for name, variant in variants.items()}
+        alone = {f"{name} in floats": variant.of(model) for name, variant in variants.items()}
         times = self.timer.milliseconds({**models, **alone})
         costs = rounding_costs(
             found.exact, found.graph, found.roundings, _first(batches, PRICED), seed=self.work.seed
@@ -150,7 +149,7 @@ class MixedPrecision:
         if decided and len(decided) < len(parts):
             networks[MIXED] = self._calibrated(model, found, operators, batches)
             self._lost[MIXED] = self.points.lost(networks[MIXED].graph)
-            times = self.timer.milliseconds({**models, MIXED: as_model(model, networks[MIXED])})
+            times = self.timer.milliseconds({**models, MIXED: networks[MIXED].of(model)})
         times = {name: times[name] for name in (*models, *networks) if name in times}
         chosen = self._best(times)
         return Mixed(chosen, networks.get(chosen), tuple(rated), times, dict(self._lost))
@@ -200,11 +199,6 @@ class MixedPrecision:
         fastest = min(kept.values())
         tied = [name for name, time in kept.items() if time <= fastest * (1 + SAME)]
         return min(tied, key=lambda name: (self._lost[name], times[name]))
-
-
-def as_model(model: Model, found: Quantized) -> Model:
-    """`model`, rounded as `found` is."""
-    return with_module(model, found.graph, QuantizedGraph.of(model.spec.input, found.placement))
 
 
 def _nats(costs: Costs, found: Quantized) -> float:

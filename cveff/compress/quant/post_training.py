@@ -22,12 +22,13 @@ from cveff.compress.quant.equalize import ALPHA, equalize
 from cveff.compress.quant.error import logits, relative_error
 from cveff.compress.quant.fake_quant import Grid
 from cveff.compress.quant.layers import find_layers
-from cveff.compress.quant.network import Roundings, insert
+from cveff.compress.quant.network import QuantizedGraph, Roundings, insert
 from cveff.compress.quant.placement import Placement, Scheme, place
 from cveff.compress.quant.ranges import Method, Watch, rounding_off, weight_range
 from cveff.compress.quant.round_weights import round_weights
 from cveff.compress.quant.saturation import narrow, predict_saturation
 from cveff.compress.quant.settle import Seen, divided, not_finite, watch_until_settled
+from cveff.model import Model, with_module
 from cveff.progress import Progress, Silent
 from cveff.runtime.input_spec import InputSpec
 
@@ -190,6 +191,10 @@ class Quantized:
     narrowed: dict[str, int]
     extremes: dict[str, tuple[float, float]]
     equalized: int = 0
+
+    def of(self, model: Model) -> Model:
+        """The rounded network as a model: `model`, in floats, that it was made from, with the edit that rounds it."""
+        return with_module(model, self.graph, QuantizedGraph.of(model.spec.input, self.placement))
 
 
 def _logits(exact: fx.GraphModule, held: Sequence[Tensor]) -> Tensor:
