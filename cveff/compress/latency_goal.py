@@ -13,7 +13,7 @@ from cveff.compress.latency_model import LatencyModel
 from cveff.compress.sensitivity import Cost
 from cveff.compress.sizes import Sizes
 from cveff.compress.trace import Trace, trace
-from cveff.errors import StepError
+from cveff.compress.unreachable import UnreachableError
 from cveff.measure.block_latency import BlockLatency
 from cveff.measure.threads import busy_cores, usable_cores
 from cveff.model import Model, with_module
@@ -67,7 +67,7 @@ class LatencyGoal:
             counts_for: cost and the most it may be -> units every group keeps.
 
         Raises:
-            StepError: the smallest network the settings allow is slower; the message says how fast it is.
+            UnreachableError: the smallest network these groups allow is slower; the message says how fast it is.
         """
         others = busy_cores()
         if others is not None and others > BUSY:
@@ -92,10 +92,9 @@ class LatencyGoal:
                 measured = self._measure(counts)
                 least = min(measured, *tried.values())
                 if measured > share * (1 + OVER):
-                    raise StepError(
-                        f"{share:.3g} of the model's latency cannot be reached by taking channels out: the least is "
-                        f"{least:.3g} ({least * self._milliseconds:.3g} ms); lower min_fraction, allow depth=True, or "
-                        "ask for less"
+                    raise UnreachableError(
+                        f"{share:.3g} of the model's latency cannot be reached: the least is {least:.3g} "
+                        f"({least * self._milliseconds:.3g} ms)"
                     )
                 best = counts
         return best

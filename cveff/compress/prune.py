@@ -39,7 +39,8 @@ class Prune:
             "local": the same share everywhere; "isomorphic": global among layers of one topology (Fang et al. 2024).
         sensitivity: with scope "global", measure what each group costs by pruning it alone, instead of adding scores.
         attention: what one unit of attention is: a head, or one dimension of every head.
-        depth: whole residual blocks may go as well, where that is cheaper than channels.
+        depth: whole residual blocks may go as well, where that is cheaper than channels, or where channels alone do not
+            reach the goal.
         round_to: channels are left in multiples of this.
         min_fraction: the least share of a group that stays.
         rounds: prune this many times, each a part of the way, with `recover` after each.

@@ -22,6 +22,7 @@ from cveff.compress.scopes import keep_best, select
 from cveff.compress.sensitivity import Cost, Curve, measured_curves, summed_curves
 from cveff.compress.sizes import Sizes
 from cveff.compress.trace import Trace, trace
+from cveff.compress.unreachable import UnreachableError
 from cveff.edits import Edit
 from cveff.errors import StepError
 from cveff.model import Model, with_module
@@ -30,6 +31,7 @@ from cveff.steps import Run
 if TYPE_CHECKING:
     from cveff.compress.prune import Prune
 
+_ADVICE = "lower min_fraction or round_to"
 COMPARABLE = ("taylor", "hessian")
 """Criteria that estimate a change of the loss, and so compare across groups as they are."""
 
@@ -90,10 +92,45 @@ def make_plan(settings: Prune, model: Model, reference: Model, share: float, run
         share: how much of the goal's quantity is to be left of the reference's; for `ratio`, of the units.
 
     Raises:
-        StepError: nothing can be pruned, or the goal cannot be reached.
+        StepError: nothing can be pruned.
+        UnreachableError: the goal cannot be reached, with `settings.depth` not even without all the blocks that can go.
     """
     batches = calibration(settings, model, run)
-    drop = _drop(settings, model, reference, share, batches, run) if settings.depth else None
+    if not settings.depth:
+        try:
+            return _plan(settings, model, reference, share, batches, run, None)
+        except UnreachableError as error:
+            raise UnreachableError(f"{error}; {_ADVICE}, allow depth=True, or ask for less") from None
+    blocks = _blocks(settings, model, reference, share, batches, run)
+    drop = blocks(None)
+    while True:
+        try:
+            return _plan(settings, model, reference, share, batches, run, drop)
+        except UnreachableError as error:
+            more = blocks(drop or DropBlocks(()))
+            if more is None:
+                raise UnreachableError(
+                    f"{error}, without {len(drop.modules) if drop else 0} residual blocks, all that can go; {_ADVICE}, "
+                    "or ask for less"
+                ) from None
+            run.progress.message(f"{error}; {len(more.modules)} blocks go")
+            drop = more
+
+
+def _plan(
+    settings: Prune,
+    model: Model,
+    reference: Model,
+    share: float,
+    batches: Batches | None,
+    run: Run,
+    drop: DropBlocks | None,
+) -> Plan:
+    """A plan without these blocks.
+
+    Raises:
+        StepError: as `make_plan`; `UnreachableError` where fewer blocks would do.
+    """
     if drop is not None:
         model = with_module(model, drop.apply(light_copy(model.module)).eval(), drop)
     analysis = analyze(model.module, model.spec.input, settings.attention, run.seed)
@@ -118,7 +155,7 @@ def make_plan(settings: Prune, model: Model, reference: Model, share: float, run
             cost, whole = _counted(settings.goal, analysis, sizes), _whole(settings.goal, reference)
             counts = counts_for(cost, share * whole)
             if cost(counts) > 1.001 * share * whole:
-                raise StepError(
+                raise UnreachableError(
                     f"prune.{settings.goal} {share:.3g} cannot be reached: with every group at its least "
                     f"(min_fraction {settings.min_fraction:g}), {cost(counts) / whole:.3g} is left"
                 )
@@ -189,10 +226,11 @@ def _counted(goal: str, analysis: Analysis, sizes: Sizes) -> Cost:
     return lambda counts: float(macs(analysis.trace, sizes.shapes(counts)))
 
 
-def _drop(
+def _blocks(
     settings: Prune, model: Model, reference: Model, share: float, batches: Batches | None, run: Run
-) -> DropBlocks | None:
-    """Blocks that cost less than channels would, at the price channels have when they alone reach the goal."""
+) -> Callable[[DropBlocks | None], DropBlocks | None]:
+    """What chooses blocks: for None those that cost less than channels would, at the price channels have when they
+    alone reach the goal; for blocks that were too few, these and more, or None."""
     assert batches is not None
     analysis = analyze(model.module, model.spec.input, settings.attention, run.seed)
     scores = score(model.module, analysis.groups, settings.importance, batches=batches, seed=run.seed)
@@ -210,8 +248,9 @@ def _drop(
     counts = allocate(curves, cost, share * whole)
     loss = sum(float(curve.losses[curve.counts.index(counts[name])]) for name, curve in curves.items())
     saved = max(cost(sizes.full) - cost(counts), 1e-9)
-    return cheap_blocks(
-        model.module, model.spec.input, of_trace, share * whole, loss / saved, batches, run.progress
+    price = loss / saved
+    return lambda start: cheap_blocks(
+        model.module, model.spec.input, of_trace, share * whole, price, batches, run.progress, start
     )
 
 

@@ -23,6 +23,7 @@ from cveff.compress.latency_goal import LatencyGoal
 from cveff.compress.samples import samples
 from cveff.compress.sensitivity import measured_curves, summed_curves
 from cveff.compress.sizes import Sizes
+from cveff.compress.unreachable import UnreachableError
 from cveff.data.dataset import Data
 from cveff.errors import StepError
 from cveff.model import Model
@@ -166,6 +167,18 @@ def test_where_the_table_sees_nothing_to_save_arithmetic_is_cut_and_measured(
 def test_an_unreachable_count_says_what_can_be_reached(trained: Model, data: Data) -> None:
     with pytest.raises(StepError, match=r"cannot be reached.*is left"):
         cveff.apply(trained, Prune(macs=0.01, images=64, min_fraction=0.5), data=data)
+
+
+def test_blocks_go_where_channels_alone_cannot_reach_the_goal(trained: Model, data: Data) -> None:
+    narrow = Prune(macs=0.6, images=64, min_fraction=0.9)
+    with pytest.raises(UnreachableError, match=r"cannot be reached.*allow depth=True") as without:
+        cveff.apply(trained, narrow, data=data)
+    small = cveff.apply(trained, dataclasses.replace(narrow, depth=True), data=data)
+    assert flops(small) <= 0.601 * flops(trained)
+    assert any(edit.kind == "drop_blocks" for edit in small.spec.edits)
+    assert "residual blocks" not in str(without.value)
+    with pytest.raises(UnreachableError, match=r"without [1-9] residual blocks, all that can go"):
+        cveff.apply(trained, dataclasses.replace(narrow, macs=0.05, depth=True), data=data)
 
 
 def test_more_milliseconds_than_the_model_takes(

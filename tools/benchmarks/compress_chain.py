@@ -40,7 +40,7 @@ def main() -> None:
     results = common.Results(
         arguments.out,
         __file__,
-        {"prune": PRUNE, "low_rank": LOW_RANK, "epochs": arguments.epochs},
+        {"prune": PRUNE, "depth": True, "low_rank": LOW_RANK, "epochs": arguments.epochs},
         arguments.fresh,
     )
     data = cveff.data.load("fashion-mnist", seed=0)
@@ -87,7 +87,7 @@ def _chain(name: str, data: Data, arguments: argparse.Namespace) -> dict[str, An
     folder = arguments.models / f"{name}-0-chain"
     dense = dense_models.dense(name, 0, data, arguments.models, progress, arguments.epochs)
     steps = {
-        "prune": Prune(latency=PRUNE, recover=Distill(train=recover)),
+        "prune": Prune(latency=PRUNE, depth=True, recover=Distill(train=recover)),
         "low-rank": LowRank(latency=LOW_RANK),
         "distil": Distill(train=longer),
     }
