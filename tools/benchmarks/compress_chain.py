@@ -80,16 +80,16 @@ def main() -> None:
 def _chain(name: str, data: Data, arguments: argparse.Namespace) -> dict[str, Any]:
     settings = dense_models.MODELS[name]
     recover = settings.recover
-    longer = replace(recover, epochs=2 * recover.epochs)
     if arguments.epochs:
-        recover = longer = replace(recover, epochs=1, warmup_epochs=0.0)
+        recover = replace(recover, epochs=1, warmup_epochs=0.0)
+    between = replace(recover, epochs=max(1, recover.epochs // 4))
     progress = common.Lines(name)
     folder = arguments.models / f"{name}-0-chain"
     dense = dense_models.dense(name, 0, data, arguments.models, progress, arguments.epochs)
     steps = {
-        "prune": Prune(latency=PRUNE, depth=True, recover=Distill(train=recover)),
+        "prune": Prune(latency=PRUNE, depth=True, recover=Distill(train=between)),
         "low-rank": LowRank(latency=LOW_RANK),
-        "distil": Distill(train=longer),
+        "distil": Distill(train=recover),
     }
     target = load_target("edge-cpu")
     models = {"dense": dense}

@@ -46,21 +46,20 @@ def adamw(epochs: int, learning_rate: float, precision: str) -> Train:
     )
 
 
+def _dense(architecture: str, train: Train, arguments: dict[str, Any] | None = None) -> Dense:
+    """What is compressed is trained as the dense network was, once more: the rate is rewound (Renda et al., "Comparing
+    Rewinding and Fine-tuning in Neural Network Pruning", ICLR 2020, section 3).
+    """
+    return Dense(architecture, train, train, arguments or {})
+
+
 MODELS = {
     # Depthwise convolutions train faster in float32 than in bfloat16 on processors that have both.
-    # It loses most of its blocks, so it recovers at the rate that it was trained at (Renda et al., "Comparing Rewinding
-    # and Fine-tuning", ICLR 2020).
-    "mobile": Dense("mobilenetv4_conv_small", adamw(20, 2e-3, "fp32"), adamw(16, 2e-3, "fp32")),
-    "resnet": Dense(
-        "resnet18",
-        adamw(10, 2e-3, "auto"),
-        adamw(4, 1e-3, "auto"),
-        {"channels": [32, 64, 128, 256]},
-    ),
-    "vit": Dense(
+    "mobile": _dense("mobilenetv4_conv_small", adamw(20, 2e-3, "fp32")),
+    "resnet": _dense("resnet18", adamw(10, 2e-3, "auto"), {"channels": [32, 64, 128, 256]}),
+    "vit": _dense(
         "vit_tiny_patch16_224",
         adamw(16, 1e-3, "fp32"),
-        adamw(4, 5e-4, "fp32"),
         {"patch_size": 16, "depth": 6, "embed_dim": 128, "num_heads": 4},
     ),
 }
