@@ -39,6 +39,7 @@ class LatencyGoal:
         reference: what a relative goal is a share of, timed beside every candidate.
         analysis, sizes: of `model`.
         timer: exports and times.
+        predictor: of candidates, before they are measured.
     """
 
     def __init__(
@@ -48,17 +49,21 @@ class LatencyGoal:
         analysis: Analysis,
         sizes: Sizes,
         timer: ModelTimer,
+        predictor: LatencyModel,
         progress: Progress,
     ) -> None:
         self._model, self._reference, self._analysis, self._sizes = model, reference, analysis, sizes
-        self._timer, self._progress = timer, progress
+        self._timer, self._predictor, self._progress = timer, predictor, progress
         self._milliseconds = float("nan")
-        self._predictor = self.make_predictor(timer)
 
     @staticmethod
-    def make_predictor(timer: ModelTimer) -> LatencyModel:
-        """What predicts candidates before they are measured: the blocks' table of the timer's engine and threads."""
-        return LatencyModel.load(BlockLatency(timer.engine, timer.threads))
+    def make_predictor(timer: ModelTimer, reference: Model) -> LatencyModel:
+        """What predicts candidates before they are measured: the table of blocks of the timer's engine and threads,
+        matched to the reference's measured time.
+        """
+        model = LatencyModel.load(BlockLatency(timer.engine, timer.threads))
+        measured = timer.milliseconds({"reference": reference})["reference"]
+        return model.matched(trace(reference.module, reference.spec.input), measured)
 
     def reach(self, counts_for: Callable[[Cost, float], dict[str, int]], share: float) -> dict[str, int]:
         """Counts whose exported file takes at most `share` of the reference's time, and little less.

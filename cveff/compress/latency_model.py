@@ -82,6 +82,25 @@ class LatencyModel:
         factor = milliseconds / self.predict(trace, shapes)
         return replace(self, scale=self.scale * factor, per_block=self.per_block * factor)
 
+    def matched(self, trace: Trace, milliseconds: float) -> LatencyModel:
+        """The same model with a time between blocks such that it predicts what was measured of this network.
+
+        What an engine spends between kernels differs between networks (how they are cut into kernels, how its threads
+        wait), and is most of a small one's time. Where the kernels alone are predicted slower than the network is,
+        they are scaled instead.
+
+        Args:
+            milliseconds: measured on the exported network.
+
+        Raises:
+            CveffError: `milliseconds` is not a positive number.
+        """
+        network = blocks(trace)
+        kernels = self.scale * float(self.of_blocks(network).sum())
+        if not (math.isfinite(milliseconds) and milliseconds > kernels):
+            return replace(self, per_block=0.0).anchored(trace, milliseconds)
+        return replace(self, per_block=(milliseconds - kernels) / len(network))
+
     @classmethod
     def fit(
         cls, table: BlockLatency, networks: Sequence[Sequence[Block]], milliseconds: Sequence[float]

@@ -17,6 +17,7 @@ from cveff.compress.drop_blocks import DropBlocks
 from cveff.compress.groups import Analysis
 from cveff.compress.importance import score
 from cveff.compress.latency_goal import LatencyGoal
+from cveff.compress.latency_model import LatencyModel
 from cveff.compress.samples import Batches, samples
 from cveff.compress.scopes import keep_best, select
 from cveff.compress.sensitivity import Cost, Curve, measured_curves, summed_curves
@@ -96,16 +97,20 @@ def make_plan(settings: Prune, model: Model, reference: Model, share: float, run
         UnreachableError: the goal cannot be reached, with `settings.depth` not even without all the blocks that can go.
     """
     batches = calibration(settings, model, run)
+    predictor: LatencyModel | None = None
+    if settings.goal in ("latency", "latency_ms"):
+        assert run.timer is not None
+        predictor = LatencyGoal.make_predictor(run.timer, reference)
     if not settings.depth:
         try:
-            return _plan(settings, model, reference, share, batches, run, None)
+            return _plan(settings, model, reference, share, batches, run, predictor, None)
         except UnreachableError as error:
             raise UnreachableError(f"{error}; {_ADVICE}, allow depth=True, or ask for less") from None
-    blocks = _blocks(settings, model, reference, share, batches, run)
+    blocks = _blocks(settings, model, reference, share, batches, run, predictor)
     drop = blocks(None)
     while True:
         try:
-            return _plan(settings, model, reference, share, batches, run, drop)
+            return _plan(settings, model, reference, share, batches, run, predictor, drop)
         except UnreachableError as error:
             more = blocks(drop or DropBlocks(()))
             if more is None:
@@ -124,6 +129,7 @@ def _plan(
     share: float,
     batches: Batches | None,
     run: Run,
+    predictor: LatencyModel | None,
     drop: DropBlocks | None,
 ) -> Plan:
     """A plan without these blocks.
@@ -147,9 +153,9 @@ def _plan(
         counts_for = _allocator(
             settings, model, analysis, scores, _curves(settings, model, analysis, scores, batches, run)
         )
-        if settings.goal in ("latency", "latency_ms"):
+        if predictor is not None:
             assert run.timer is not None
-            goal = LatencyGoal(model, reference, analysis, sizes, run.timer, run.progress)
+            goal = LatencyGoal(model, reference, analysis, sizes, run.timer, predictor, run.progress)
             counts = goal.reach(counts_for, share)
         else:
             cost, whole = _counted(settings.goal, analysis, sizes), _whole(settings.goal, reference)
@@ -227,7 +233,13 @@ def _counted(goal: str, analysis: Analysis, sizes: Sizes) -> Cost:
 
 
 def _blocks(
-    settings: Prune, model: Model, reference: Model, share: float, batches: Batches | None, run: Run
+    settings: Prune,
+    model: Model,
+    reference: Model,
+    share: float,
+    batches: Batches | None,
+    run: Run,
+    predictor: LatencyModel | None,
 ) -> Callable[[DropBlocks | None], DropBlocks | None]:
     """What chooses blocks: for None those that cost less than channels would, at the price channels have when they
     alone reach the goal; for blocks that were too few, these and more, or None."""
@@ -236,9 +248,7 @@ def _blocks(
     scores = score(model.module, analysis.groups, settings.importance, batches=batches, seed=run.seed)
     curves = _curves(settings, model, analysis, scores, batches, run)
     sizes = Sizes(analysis)
-    if settings.goal in ("latency", "latency_ms"):
-        assert run.timer is not None
-        predictor = LatencyGoal.make_predictor(run.timer)
+    if predictor is not None:
         of_trace: Callable[[Trace], float] = predictor.predict
         cost: Cost = lambda counts: predictor.predict(analysis.trace, sizes.shapes(counts))  # noqa: E731
         whole = of_trace(trace(reference.module, reference.spec.input))

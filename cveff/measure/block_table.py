@@ -19,8 +19,8 @@ from cveff.errors import CveffError
 from cveff.files import write_json
 from cveff.runtime.machine import describe
 
-SCHEMA = 1
-"""Raised whenever blocks are measured differently: older files are then not read."""
+SCHEMA = 2
+"""Raised whenever blocks are measured differently: older files are then not found."""
 
 _log = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ class BlockTable:
             "isa": machine["isa"],
             "threads": threads,
         }
-        digest = hashlib.sha256(json.dumps(self.device, sort_keys=True).encode()).hexdigest()[:12]
+        digest = hashlib.sha256(json.dumps([SCHEMA, self.device], sort_keys=True).encode()).hexdigest()[:12]
         cpu = re.sub(r"[^a-z0-9]+", "-", str(machine["cpu"]).lower()).strip("-")
         name = f"{engine}-{version}-{cpu}-{threads}threads-{digest}.json"
         self.path = (cache_folder() if folder is None else Path(folder)) / name

@@ -92,6 +92,19 @@ def test_an_anchored_model_is_right_about_its_anchor(table: BlockLatency, traced
             model.anchored(traced, bad)
 
 
+def test_a_matched_model_puts_between_blocks_what_the_kernels_do_not_explain(
+    table: BlockLatency, traced: Trace
+) -> None:
+    kernels = table.milliseconds(blocks(traced)).sum()
+    matched = LatencyModel(table).matched(traced, kernels + 2.0)
+    assert matched.predict(traced) == pytest.approx(kernels + 2.0)
+    assert (matched.scale, matched.per_block) == (1, pytest.approx(2.0 / len(blocks(traced))))
+    slower = LatencyModel(table, 1.0, 0.01).matched(traced, kernels / 2)
+    assert (slower.scale, slower.per_block) == (pytest.approx(0.5), 0)
+    with pytest.raises(CveffError, match="positive time"):
+        LatencyModel(table).matched(traced, -1.0)
+
+
 def test_fewer_channels_are_predicted_faster_without_building(table: BlockLatency) -> None:
     net = cveff.create("small_resnet_s", num_classes=3, image_size=16)
     analysis = analyze(net.module, net.spec.input)

@@ -159,7 +159,7 @@ def test_where_the_table_sees_nothing_to_save_arithmetic_is_cut_and_measured(
             return 1.0
 
     timer = MacsTimer()
-    monkeypatch.setattr(LatencyGoal, "make_predictor", staticmethod(lambda timer: Flat()))
+    monkeypatch.setattr(LatencyGoal, "make_predictor", staticmethod(lambda timer, reference: Flat()))
     small = cveff.apply(trained, Prune(latency=0.5, round_to=2), data=data, target="edge-cpu", timer=timer)
     assert 0.45 <= flops(small) / flops(trained) <= 0.505
 
@@ -281,5 +281,5 @@ def _predicted_by_macs(monkeypatch: pytest.MonkeyPatch, fixed: float = 0.0) -> M
         def predict(self, trace: Any, shapes: Any = None) -> float:
             return 2 * macs(trace, shapes) / 1e6  # knows nothing of the fixed cost
 
-    monkeypatch.setattr(LatencyGoal, "make_predictor", staticmethod(lambda timer: ByMacs()))
+    monkeypatch.setattr(LatencyGoal, "make_predictor", staticmethod(lambda timer, reference: ByMacs()))
     return MacsTimer(fixed)

@@ -11,10 +11,12 @@ import onnx
 import pytest
 
 from cveff.errors import CveffError, EngineError
+from cveff.measure import block_engines
 from cveff.measure.block import Block
 from cveff.measure.block_engines import measure_block
 from cveff.measure.block_graph import UNARY, block_model
 from cveff.measure.block_latency import BlockLatency, grid_neighbours
+from cveff.measure.kernel_profile import Kernel, profile, profile_overhead, tiny_chain
 from cveff.measure.threads import usable_cores
 
 BLOCKS = {
@@ -73,6 +75,25 @@ def test_openvino_runs_them_too(name: str) -> None:
     pytest.importorskip("openvino")
     assert 0 <= measure_block("openvino", BLOCKS[name], 1) < 100
     assert measure_block("openvino", BLOCKS["reorder"], 1) == 0
+
+
+def test_what_the_profile_takes_is_taken_off_each_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = [Kernel("Conv", 0.050), Kernel("ReorderOutput", 0.030), Kernel("Relu", 0.004)]
+    monkeypatch.setattr(block_engines, "profile", lambda *given: kernels)
+    monkeypatch.setattr(block_engines, "profile_overhead", lambda engine, threads: 0.01 * threads)
+    convolution = measure_block("onnxruntime", BLOCKS["conv"], 1)
+    assert convolution == pytest.approx(0.040 + 0.0004), "no kernel is free"
+    assert measure_block("onnxruntime", BLOCKS["conv"], 2) == pytest.approx(0.030 + 0.0004)
+    assert measure_block("onnxruntime", BLOCKS["reorder"], 1) == pytest.approx(0.020 / 2)
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_a_tiny_kernel_costs_less_than_its_profile_says(engine: str) -> None:
+    pytest.importorskip(engine)
+    profile_overhead.cache_clear()
+    assert 0 <= profile_overhead(engine, 1) < 1
+    (kernel,) = profile(engine, tiny_chain(1), {"x": np.ones((1, 16), np.float32)}, 1)
+    assert kernel.milliseconds > 0
 
 
 def test_work_takes_time() -> None:
@@ -138,7 +159,7 @@ def test_what_was_measured_before_a_failure_is_kept(tmp_path: Path) -> None:
     ("damage", "message"),
     [
         (lambda text: text[:40], "is not used"),
-        (lambda text: text.replace('"schema": 1', '"schema": 99'), "its schema is not 1"),
+        (lambda text: text.replace('"schema": 2', '"schema": 99'), "its schema is not 2"),
         (lambda text: text.replace('"threads": 1', '"threads": 7'), "it was measured on"),
         (lambda text: text.replace("576.5", "-3"), "no time"),
         (lambda text: text.replace("576.5", "NaN"), "no time"),
