@@ -177,6 +177,8 @@ def show_quantization(made: Quantization) -> None:
         ("precision", made.step.precision + (f" for {made.step.scheme}" if found.error is not None else "")),
         ("calibrated on", f"{found.images} images of {found.source}" if found.source else "no images"),
     ]
+    if found.left_out:
+        lines.append(("left out", f"{found.left_out} images that reach far larger values than the others"))
     if found.method is not None:
         lines.append(("ranges by", found.method))
     if found.error is not None:

@@ -250,4 +250,5 @@ def _described(source: str, found: Quantized) -> Calibration:
         narrowed=tuple(found.narrowed.items()),
         moved=found.seen.moved,
         unmoved=found.seen.unmoved,
+        left_out=found.left_out,
     )

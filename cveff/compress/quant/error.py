@@ -24,8 +24,15 @@ def float_logits(graph: fx.GraphModule, batches: Sequence[Tensor]) -> Tensor:
 
 
 def relative_error(rounded: Tensor, exact: Tensor) -> float:
-    """Energy of the difference over the energy of what differs between classes, of logits (images, classes)."""
-    centred = exact - exact.mean(1, keepdim=True)
+    """Energy of the logits' change over the energy of what differs between classes, the mean over images.
+
+    An image's energy counts as the median image's at least, and a change in an image whose logits are far larger than
+    others' is held against its own.
+
+    Args:
+        rounded, exact: logits (images, classes).
+    """
+    energy = (exact - exact.mean(1, keepdim=True)).square().sum(1)
     difference = rounded - exact
-    difference = difference - difference.mean(1, keepdim=True)
-    return float(difference.square().sum() / centred.square().sum().clamp(min=1e-30))
+    change = (difference - difference.mean(1, keepdim=True)).square().sum(1)
+    return float((change / energy.clamp(min=max(float(energy.median()), 1e-30))).mean())

@@ -23,6 +23,7 @@ from cveff.compress.quant.error import logits, relative_error
 from cveff.compress.quant.fake_quant import Grid
 from cveff.compress.quant.layers import find_layers
 from cveff.compress.quant.network import QuantizedGraph, Roundings, insert
+from cveff.compress.quant.odd_images import odd_images, without
 from cveff.compress.quant.placement import Placement, Scheme, place
 from cveff.compress.quant.ranges import Method, Watch, rounding_off, weight_range
 from cveff.compress.quant.round_weights import round_weights
@@ -74,6 +75,8 @@ class PostTraining:
         batches = batches[: -len(held)] or held
         expected = _logits(exact, held)
         tried = self._groups(exact)
+        odd = odd_images(exact, batches)
+        usual = without(batches, odd) if bool(odd.any()) else batches
         best: Quantized | None = None
         for is_equalized in (False, True) if self.equalize == "auto" else (bool(self.equalize),):
             if is_equalized and not tried:
@@ -82,9 +85,10 @@ class PostTraining:
                 is_equalized = False
             source = copy.deepcopy(exact)
             if is_equalized:
-                equalize(source, self._groups(source), batches, self.alpha)
-            found = self._attempt(source, batches, held, expected)
+                equalize(source, self._groups(source), usual, self.alpha)
+            found = self._attempt(source, usual, held, expected)
             found.equalized = len(tried) if is_equalized else 0
+            found.left_out = int(odd.sum())
             if self.equalize == "auto" and tried:
                 how = "with" if is_equalized else "without"
                 self.progress.message(
@@ -93,8 +97,10 @@ class PostTraining:
             if best is None or found.error < best.error:
                 best = found
         assert best is not None
+        if best.left_out:
+            best = self._with_odd_images(best, batches, held, expected)
         if self.weights == "learned":
-            self._learn(best, batches)
+            self._learn(best, usual if best.left_out else batches)
             best.error = relative_error(logits(best.graph, held), expected)
         for warning in best.seen.warnings(given):
             self.progress.message(warning)
@@ -105,6 +111,19 @@ class PostTraining:
         if not self.equalize:
             return []
         return [group for group in channel_groups(graph) if group.is_norm or self.equalize is True]
+
+    def _with_odd_images(
+        self, best: Quantized, batches: Sequence[Tensor], held: Sequence[Tensor], expected: Tensor
+    ) -> Quantized:
+        """`best`, or the same made from all images, odd ones too, if that changes the logits less."""
+        found = self._attempt(copy.deepcopy(best.exact), batches, held, expected)
+        found.equalized = best.equalized
+        what = f"{best.left_out} of {sum(map(len, batches))} calibration images"
+        self.progress.message(
+            f"{what} reach far larger values than the others: the logits' error is {best.error:.4f} of their energy "
+            f"without them, {found.error:.4f} with"
+        )
+        return found if found.error < best.error else best
 
     def _attempt(
         self,
@@ -179,6 +198,7 @@ class Quantized:
         narrowed: layer -> channels whose steps are wider so that 16-bit sums do not clip.
         extremes: tensor -> the least and greatest value on calibration images.
         equalized: tensors whose channels were equalized.
+        left_out: calibration images that nothing was made from, because they are unlike the others.
     """
 
     graph: fx.GraphModule
@@ -191,6 +211,7 @@ class Quantized:
     narrowed: dict[str, int]
     extremes: dict[str, tuple[float, float]]
     equalized: int = 0
+    left_out: int = 0
 
     def of(self, model: Model) -> Model:
         """The rounded network as a model: `model`, in floats, that it was made from, with the edit that rounds it."""

@@ -129,7 +129,7 @@ def test_nothing_is_calibrated_on_the_images_that_choices_are_made_by() -> None:
     found, _ = quantized([*calm.split(32), loud])
     assert float(found.roundings.tensors["input"].scale) == pytest.approx(float(calm.max()) / 255)
     assert found.seen.images == 96
-    assert found.error > 0.5, "the error is that of the loud images, which are clipped"
+    assert found.error > 0.3, "the error is that of the loud images, which are clipped"
 
 
 def test_labels_are_not_needed(tmp_path: Path) -> None:
