@@ -119,8 +119,9 @@ class Int8:
         path = self.folder / "model.rounded.onnx"
         if not path.exists():
             found = self._quantized()
-            with rounding_off(found.graph):
-                export(Model(self.model.spec, found.graph), path)
+            # Other quantizers round activations in steps of their own, and correct for those.
+            with found.uncorrected() as graph, rounding_off(graph):
+                export(Model(self.model.spec, graph), path)
         return path
 
     def described(self, path: Path) -> Mapping[str, Any] | None:

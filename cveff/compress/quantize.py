@@ -16,6 +16,7 @@ from cveff.compress.quant.points import Points
 from cveff.compress.quant.post_training import PostTraining, Quantized, WeightRounding
 from cveff.compress.quant.ranges import Method
 from cveff.compress.quant.reduced import reduce_floats
+from cveff.compress.quant.reestimate import Correction
 from cveff.compress.quant.report import Calibration
 from cveff.compress.quant.weight_choice import is_packed
 from cveff.compress.quant.weight_only import WeightOnly
@@ -37,7 +38,7 @@ Precision = Literal["int8", "int8-weights", "int4-weights", "fp16", "bf16", "fp8
 TRAINABLE: tuple[Precision, ...] = ("int8", "auto", "fp8")
 """Precisions whose roundings a `train` or `distill` step trains through."""
 
-_ROUNDING = ("scheme", "method", "weight_method", "weights", "equalize", "saturation")
+_ROUNDING = ("scheme", "method", "weight_method", "weights", "equalize", "correction", "saturation")
 
 HEEDED: dict[Precision, tuple[str, ...]] = {
     "int8": _ROUNDING,
@@ -70,6 +71,9 @@ class Quantize:
             block by block, which way each weight is rounded (AdaRound, BRECQ).
         equalize: move what makes tensors hard to round into the weights around them (cross-layer equalization,
             SmoothQuant); "auto" tries it behind layer norms, and keeps it where the logits change less.
+        correction: bring the channels of each layer back to the statistics they have in floats, from front to back:
+            "mean" (bias correction), "statistics" (deviations too, as batch norms estimated again would), "none", or
+            "auto": what changes the logits least.
         saturation: "narrow" gives wider steps to channels whose 16-bit sums clip on x86 without VNNI; "ignore" does
             not; "auto" does if the target is such a processor, or without a target if this one is.
         images: most calibration images, in equal parts of every class where there are labels; fewer are used once
@@ -92,6 +96,7 @@ class Quantize:
     weight_method: Literal["minmax", "mse"] = "minmax"
     weights: WeightRounding = "compensated"
     equalize: bool | Literal["auto"] = "auto"
+    correction: Correction | Literal["auto"] = "auto"
     saturation: Literal["auto", "narrow", "ignore"] = "auto"
     images: int = 512
     exclude: tuple[str, ...] = ()
@@ -111,6 +116,7 @@ class Quantize:
             ("weight_method", ("minmax", "mse")),
             ("weights", get_args(WeightRounding)),
             ("equalize", (True, False, "auto")),
+            ("correction", (*get_args(Correction), "auto")),
             ("saturation", ("auto", "narrow", "ignore")),
         ):
             if getattr(self, name) not in allowed:
@@ -205,6 +211,7 @@ class Quantize:
             weight_method=self.weight_method,
             weights=self.weights,
             equalize=self.equalize,
+            correction=self.correction,
             narrow=self._narrows(run),
             exclude=self.exclude,
             seed=run.seed,
@@ -251,4 +258,5 @@ def _described(source: str, found: Quantized) -> Calibration:
         moved=found.seen.moved,
         unmoved=found.seen.unmoved,
         left_out=found.left_out,
+        correction=found.correction,
     )

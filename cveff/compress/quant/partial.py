@@ -55,4 +55,5 @@ def without(found: Quantized, exclude: Collection[str]) -> Quantized:
         placement=placement,
         roundings=roundings,
         narrowed={name: count for name, count in found.narrowed.items() if name in roundings.weights},
+        before_correction={},
     )

@@ -7,7 +7,8 @@ images that the ranges were not taken from.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -26,6 +27,7 @@ from cveff.compress.quant.network import QuantizedGraph, Roundings, insert
 from cveff.compress.quant.odd_images import odd_images, without
 from cveff.compress.quant.placement import Placement, Scheme, place
 from cveff.compress.quant.ranges import Method, Watch, rounding_off, weight_range
+from cveff.compress.quant.reestimate import Correction, reestimate
 from cveff.compress.quant.round_weights import round_weights
 from cveff.compress.quant.saturation import narrow, predict_saturation
 from cveff.compress.quant.settle import Seen, divided, not_finite, watch_until_settled
@@ -52,6 +54,7 @@ class PostTraining:
     weights: WeightRounding = "compensated"
     equalize: bool | Literal["auto"] = "auto"
     alpha: float = ALPHA
+    correction: Correction | Literal["auto"] = "auto"
     narrow: bool = False
     exclude: tuple[str, ...] = ()
     seed: int = 0
@@ -102,6 +105,7 @@ class PostTraining:
         if self.weights == "learned":
             self._learn(best, usual if best.left_out else batches)
             best.error = relative_error(logits(best.graph, held), expected)
+        self._correct(best, usual if best.left_out else batches, held, expected)
         for warning in best.seen.warnings(given):
             self.progress.message(warning)
         return best
@@ -177,6 +181,26 @@ class PostTraining:
         _put(roundings, watch, chosen)
         return chosen
 
+    def _correct(
+        self, found: Quantized, batches: Sequence[Tensor], held: Sequence[Tensor], expected: Tensor
+    ) -> None:
+        """Bring the channels' statistics back, as `correction` says or where that changes the logits less."""
+        tried: tuple[Correction, ...] = (
+            ("mean", "statistics") if self.correction == "auto" else (self.correction,)
+        )
+        before = {name: value.clone() for name, value in found.graph.state_dict().items()}
+        best = before
+        for correction in tried:
+            if correction == "none":
+                continue
+            found.graph.load_state_dict(before)
+            reestimate(found.graph, found.exact, batches, deviations=correction == "statistics")
+            error = relative_error(logits(found.graph, held), expected)
+            if error < found.error or self.correction != "auto":
+                found.error, found.correction, found.before_correction = error, correction, before
+                best = {name: value.clone() for name, value in found.graph.state_dict().items()}
+        found.graph.load_state_dict(best)
+
     def _learn(self, found: Quantized, batches: Sequence[Tensor]) -> None:
         """Put the float weights back and learn how each is rounded."""
         others = {layer.name: layer for layer in find_layers(found.exact)}
@@ -199,6 +223,8 @@ class Quantized:
         extremes: tensor -> the least and greatest value on calibration images.
         equalized: tensors whose channels were equalized.
         left_out: calibration images that nothing was made from, because they are unlike the others.
+        correction: of the channels' statistics.
+        before_correction: the graph's state without it; {} where there is none.
     """
 
     graph: fx.GraphModule
@@ -212,6 +238,18 @@ class Quantized:
     extremes: dict[str, tuple[float, float]]
     equalized: int = 0
     left_out: int = 0
+    correction: Correction = "none"
+    before_correction: dict[str, Tensor] = field(default_factory=dict)
+
+    @contextmanager
+    def uncorrected(self) -> Iterator[fx.GraphModule]:
+        """The graph with the statistics that rounding gave it: for a tool that rounds and corrects once more."""
+        corrected = {name: value.clone() for name, value in self.graph.state_dict().items()}
+        self.graph.load_state_dict(self.before_correction or corrected)
+        try:
+            yield self.graph
+        finally:
+            self.graph.load_state_dict(corrected)
 
     def of(self, model: Model) -> Model:
         """The rounded network as a model: `model`, in floats, that it was made from, with the edit that rounds it."""

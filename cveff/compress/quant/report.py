@@ -21,6 +21,7 @@ class Calibration:
         moved: the largest change of a range from half of the images to all, relative to its width; None: not known.
         unmoved: tensors that had one value everywhere.
         left_out: images that nothing was made from, because they reach far larger values than the others.
+        correction: of the channels' statistics: "none", "mean" or "statistics".
     """
 
     source: str = ""
@@ -32,6 +33,7 @@ class Calibration:
     moved: float | None = None
     unmoved: tuple[str, ...] = ()
     left_out: int = 0
+    correction: str = "none"
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
