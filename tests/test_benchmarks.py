@@ -39,6 +39,7 @@ SCRIPTS = (
     "half",
     "weight_only",
     "quantize_peers",
+    "repairs",
 )
 HELPERS = (
     "architectures",
