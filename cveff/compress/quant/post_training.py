@@ -16,15 +16,16 @@ import torch
 from torch import Tensor, fx, nn
 
 from cveff.compress.quant.adaround import reconstruct
+from cveff.compress.quant.calibration_images import CalibrationImages
 from cveff.compress.quant.capture import capture, constant, identify
 from cveff.compress.quant.channel_groups import ChannelGroup, channel_groups
 from cveff.compress.quant.checks import check_images, check_parameters, first_not_finite
 from cveff.compress.quant.equalize import ALPHA, equalize
-from cveff.compress.quant.error import logits, relative_error
+from cveff.compress.quant.error import logits
 from cveff.compress.quant.fake_quant import Grid
 from cveff.compress.quant.layers import find_layers
 from cveff.compress.quant.network import QuantizedGraph, Roundings, insert
-from cveff.compress.quant.odd_images import odd_images, without
+from cveff.compress.quant.odd_images import odd_images
 from cveff.compress.quant.placement import Placement, Scheme, place
 from cveff.compress.quant.ranges import Method, Watch, rounding_off, weight_range
 from cveff.compress.quant.reestimate import Correction, reestimate
@@ -75,11 +76,26 @@ class PostTraining:
         exact = capture(module, spec)
         check_parameters(exact)
         held = batches[-max(1, len(batches) // 4) :]
-        batches = batches[: -len(held)] or held
-        expected = _logits(exact, held)
+        seen = batches[: -len(held)] or held
+        everything = CalibrationImages(seen, held, _logits(exact, held))
+        odd = odd_images(exact, [*seen, *held])
+        usual = everything.without(odd) if bool(odd.any()) else everything
+        best = self._best_of_equalized(exact, usual)
+        if usual is not everything:
+            with_odd = self._with_odd_images(best, usual, everything)
+            if with_odd is not None:
+                best, usual = with_odd, everything
+        if self.weights == "learned":
+            self._learn(best, usual.seen)
+            best.error = usual.error(best.graph)
+        self._correct(best, usual)
+        best.error = everything.error(best.graph)
+        for warning in best.seen.warnings(given):
+            self.progress.message(warning)
+        return best
+
+    def _best_of_equalized(self, exact: fx.GraphModule, images: CalibrationImages) -> Quantized:
         tried = self._groups(exact)
-        odd = odd_images(exact, batches)
-        usual = without(batches, odd) if bool(odd.any()) else batches
         best: Quantized | None = None
         for is_equalized in (False, True) if self.equalize == "auto" else (bool(self.equalize),):
             if is_equalized and not tried:
@@ -88,10 +104,9 @@ class PostTraining:
                 is_equalized = False
             source = copy.deepcopy(exact)
             if is_equalized:
-                equalize(source, self._groups(source), usual, self.alpha)
-            found = self._attempt(source, usual, held, expected)
+                equalize(source, self._groups(source), images.seen, self.alpha)
+            found = self._attempt(source, images)
             found.equalized = len(tried) if is_equalized else 0
-            found.left_out = int(odd.sum())
             if self.equalize == "auto" and tried:
                 how = "with" if is_equalized else "without"
                 self.progress.message(
@@ -100,14 +115,6 @@ class PostTraining:
             if best is None or found.error < best.error:
                 best = found
         assert best is not None
-        if best.left_out:
-            best = self._with_odd_images(best, batches, held, expected)
-        if self.weights == "learned":
-            self._learn(best, usual if best.left_out else batches)
-            best.error = relative_error(logits(best.graph, held), expected)
-        self._correct(best, usual if best.left_out else batches, held, expected)
-        for warning in best.seen.warnings(given):
-            self.progress.message(warning)
         return best
 
     def _groups(self, graph: fx.GraphModule) -> list[ChannelGroup]:
@@ -117,33 +124,31 @@ class PostTraining:
         return [group for group in channel_groups(graph) if group.is_norm or self.equalize is True]
 
     def _with_odd_images(
-        self, best: Quantized, batches: Sequence[Tensor], held: Sequence[Tensor], expected: Tensor
-    ) -> Quantized:
-        """`best`, or the same made from all images, odd ones too, if that changes the logits less."""
-        found = self._attempt(copy.deepcopy(best.exact), batches, held, expected)
-        found.equalized = best.equalized
-        what = f"{best.left_out} of {sum(map(len, batches))} calibration images"
-        self.progress.message(
-            f"{what} reach far larger values than the others: the logits' error is {best.error:.4f} of their energy "
-            f"without them, {found.error:.4f} with"
-        )
-        return found if found.error < best.error else best
+        self, best: Quantized, usual: CalibrationImages, everything: CalibrationImages
+    ) -> Quantized | None:
+        """The same made from all images, odd ones too, if that changes the logits of all less.
 
-    def _attempt(
-        self,
-        exact: fx.GraphModule,
-        batches: Sequence[Tensor],
-        held: Sequence[Tensor],
-        expected: Tensor,
-    ) -> Quantized:
+        `best` learns how many it was made without.
+        """
+        best.left_out = everything.count - usual.count
+        found = self._attempt(copy.deepcopy(best.exact), everything)
+        found.equalized = best.equalized
+        without = everything.error(best.graph)
+        self.progress.message(
+            f"{best.left_out} of {everything.count} calibration images reach far larger values than the others: the "
+            f"logits' error is {without:.4f} of their energy without them, {found.error:.4f} with"
+        )
+        return found if found.error < without else None
+
+    def _attempt(self, exact: fx.GraphModule, images: CalibrationImages) -> Quantized:
         graph = copy.deepcopy(exact)
         placement = place(graph, self.scheme, self.exclude)
         roundings = insert(graph, placement)
         watch = Watch(graph, roundings.tensors)
-        seen = watch_until_settled(watch, exact, batches, self.progress)
+        seen = watch_until_settled(watch, exact, images.seen, self.progress)
         if self.scheme == "openvino":
             placement = _signed_where_negative(placement, roundings, watch)
-        method = self._set_ranges(graph, watch, roundings, held, expected)
+        method = self._set_ranges(graph, watch, roundings, images)
         nodes = identify(graph)
         for site in placement.weights:
             rounded: Any = nodes[site.reader].args[1]
@@ -151,14 +156,14 @@ class PostTraining:
             assert weight is not None
             rounding = roundings.weights[site.reader]
             rounding.set_range(*weight_range(weight, site.axis, rounding.grid, self.weight_method))
-        used = batches[: -(-seen.images // len(batches[0]))]
+        used = images.seen[: -(-seen.images // len(images.seen[0]))]
         narrowed: dict[str, int] = {}
         if self.narrow:
             # A sum that clips is no matter of taste: every image that is at hand may tell of one.
-            narrowed = narrow(graph, predict_saturation(graph, [*used, *held], seed=self.seed))
+            narrowed = narrow(graph, predict_saturation(graph, [*used, *images.held], seed=self.seed))
         if self.weights != "nearest":
             round_weights(graph, used, seed=self.seed)
-        error = relative_error(logits(graph, held), expected)
+        error = images.error(graph)
         extremes = {name: (histogram.low, histogram.high) for name, histogram in watch.histograms.items()}
         return Quantized(graph, exact, placement, roundings, method, seen, error, narrowed, extremes)
 
@@ -167,8 +172,7 @@ class PostTraining:
         graph: fx.GraphModule,
         watch: Watch,
         roundings: Roundings,
-        held: Sequence[Tensor],
-        expected: Tensor,
+        images: CalibrationImages,
     ) -> Method:
         methods = _METHODS if self.method == "auto" else (self.method,)
         errors: dict[Method, float] = {}
@@ -176,14 +180,12 @@ class PostTraining:
             _put(roundings, watch, method)
             if len(methods) > 1:
                 with rounding_off(graph, roundings.weights.values()):
-                    errors[method] = relative_error(logits(graph, held), expected)
+                    errors[method] = images.error(graph)
         chosen = min(errors, key=lambda method: errors[method]) if errors else methods[0]
         _put(roundings, watch, chosen)
         return chosen
 
-    def _correct(
-        self, found: Quantized, batches: Sequence[Tensor], held: Sequence[Tensor], expected: Tensor
-    ) -> None:
+    def _correct(self, found: Quantized, images: CalibrationImages) -> None:
         """Bring the channels' statistics back, as `correction` says or where that changes the logits less."""
         tried: tuple[Correction, ...] = (
             ("mean", "statistics") if self.correction == "auto" else (self.correction,)
@@ -194,8 +196,8 @@ class PostTraining:
             if correction == "none":
                 continue
             found.graph.load_state_dict(before)
-            reestimate(found.graph, found.exact, batches, deviations=correction == "statistics")
-            error = relative_error(logits(found.graph, held), expected)
+            reestimate(found.graph, found.exact, images.seen, deviations=correction == "statistics")
+            error = images.error(found.graph)
             if error < found.error or self.correction != "auto":
                 found.error, found.correction, found.before_correction = error, correction, before
                 best = {name: value.clone() for name, value in found.graph.state_dict().items()}
