@@ -72,38 +72,98 @@ def compensate(
         StepError: no images, groups of another network, masks that do not fit or keep nothing, or inputs that are
             not finite.
     """
-    given = require_batches(batches, "compensation")
     check_groups(module, groups)
-    if not damping >= 0:
-        raise StepError(f"damping {damping} is negative; give 0 or more, such as 1e-4")
-    result = Compensation()
-    kept = {path: mask for path, mask in _kept_inputs(module, groups, keep).items() if not bool(mask.all())}
-    layers: dict[str, Layer] = {}
-    for path in kept:
+    losing = [path for path, mask in _kept_inputs(module, groups, keep).items() if not bool(mask.all())]
+    return Compensator(module, groups, batches, damping=damping, trace=trace, paths=losing)(keep)
+
+
+class Compensator:
+    """Repairs of one network for many masks: what layers read is gathered once.
+
+    Args:
+        module: the network; left as it was.
+        groups: that masks may be given for.
+        damping, trace: as of `compensate`.
+        paths: the layers to look at; by default all that lose inputs if any of `groups` is cut.
+
+    Raises:
+        StepError: no images, groups of another network, or inputs that are not finite.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        groups: Sequence[Group],
+        batches: Batches,
+        *,
+        damping: float = 1e-4,
+        trace: Trace | None = None,
+        paths: Sequence[str] | None = None,
+    ) -> None:
+        given = require_batches(batches, "compensation")
+        check_groups(module, groups)
+        if not damping >= 0:
+            raise StepError(f"damping {damping} is negative; give 0 or more, such as 1e-4")
+        self._module, self._groups, self._damping = module, groups, damping
+        self._norms = {} if trace is None else norms_behind(trace)
+        self._skipped: dict[str, str] = {}
+        self._layers: dict[str, Layer] = {}
+        for path in _kept_inputs(module, groups, {}) if paths is None else paths:
+            layer = module.get_submodule(path)
+            assert isinstance(layer, (nn.Conv2d, nn.Linear))
+            channels = layer.weight.shape[1]
+            if channels > MAX_CHANNELS:
+                self._skipped[path] = f"its {channels} inputs to a channel exceed {MAX_CHANNELS}"
+            else:
+                self._layers[path] = layer
+        self._moments = _moments(module, self._layers, given)
+
+    def __call__(self, keep: Mapping[str, np.ndarray]) -> Compensation:
+        """The repair for one choice of what stays.
+
+        Args:
+            keep: as of `compensate`.
+
+        Raises:
+            StepError: masks that do not fit or keep nothing.
+        """
+        result = Compensation()
+        for path, mask in _kept_inputs(self._module, self._groups, keep).items():
+            if bool(mask.all()):
+                continue
+            if path in self._skipped:
+                result.skipped[path] = self._skipped[path]
+            elif path not in self._moments or self._moments[path].count == 0:
+                result.skipped[path] = "it was never called: its weight is used directly"
+            else:
+                self._repair(path, mask, result)
+        return result
+
+    def _repair(self, path: str, kept: np.ndarray, result: Compensation) -> None:
+        layer = self._layers[path]
+        shift = self._norms.get(f"{path}.weight") if layer.bias is None else f"{path}.bias"
+        repaired = _repair(layer, kept, self._moments[path], self._damping, shift is not None)
+        rows = repaired.rows.movedim(2, 3).reshape(layer.weight.shape)
+        result.state[f"{path}.weight"] = rows.to(layer.weight.device, layer.weight.dtype)
+        result.errors[path] = repaired.errors
+        if shift is not None:
+            owner_path, _, name = shift.rpartition(".")
+            value = getattr(self._module.get_submodule(owner_path), name).detach()
+            # A bias is added; a batch norm subtracts its running mean, so there the mean error leaves it.
+            sign = 1 if name == "bias" else -1
+            result.state[shift] = value + sign * repaired.lost.to(value)
+
+
+def moment_bytes(module: nn.Module, groups: Sequence[Group]) -> int:
+    """Bytes that a `Compensator` of these groups holds."""
+    total = 0
+    for path in _kept_inputs(module, groups, {}):
         layer = module.get_submodule(path)
         assert isinstance(layer, (nn.Conv2d, nn.Linear))
         channels = layer.weight.shape[1]
-        if channels > MAX_CHANNELS:
-            result.skipped[path] = f"its {channels} inputs to a channel exceed {MAX_CHANNELS}"
-        else:
-            layers[path] = layer
-    norms = {} if trace is None else norms_behind(trace)
-    state = module.state_dict()
-    for path, moments in _moments(module, layers, given).items():
-        if moments.count == 0:
-            result.skipped[path] = "it was never called: its weight is used directly"
-            continue
-        shift = norms.get(f"{path}.weight") if layers[path].bias is None else f"{path}.bias"
-        repaired = _repair(layers[path], kept[path], moments, damping, shift is not None)
-        weight = layers[path].weight
-        rows = repaired.rows.movedim(2, 3).reshape(weight.shape)
-        result.state[f"{path}.weight"] = rows.to(weight.device, weight.dtype)
-        result.errors[path] = repaired.errors
-        if shift is not None:
-            # A bias is added; a batch norm subtracts its running mean, so there the mean error leaves it.
-            sign = 1 if shift.endswith(".bias") else -1
-            result.state[shift] = state[shift] + sign * repaired.lost.to(state[shift])
-    return result
+        count = layer.groups if isinstance(layer, nn.Conv2d) else 1
+        total += 8 * count * channels**2 if channels <= MAX_CHANNELS else 0
+    return total
 
 
 class _Moments:

@@ -209,6 +209,7 @@ def _curves(
         batches,
         round_to=settings.round_to,
         min_fraction=settings.min_fraction,
+        repair=settings.compensate,
         progress=run.progress,
     )
 

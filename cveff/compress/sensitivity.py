@@ -14,12 +14,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from cveff.compress.analysis import light_copy
 from cveff.compress.batch_norm import recalibrate_batch_norm
+from cveff.compress.compensate import Compensator, moment_bytes
 from cveff.compress.groups import Analysis, Group
 from cveff.compress.samples import Batches, evaluation, require_batches
 from cveff.compress.scopes import choices, keep_best, normalized
 from cveff.errors import StepError
 from cveff.progress import Progress, Silent
 
+MEMORY = 1 << 30
+"""Bytes of layers' second moments held at a time; with more, the images are run again."""
 POINTS = (0.75, 0.5, 0.25)
 """Shares of a group that are left where its curve is measured; between them it is linear."""
 
@@ -69,6 +72,7 @@ def measured_curves(
     round_to: int = 8,
     min_fraction: float = 0.1,
     seconds: float = 60.0,
+    repair: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Curve]:
     """Prune each group alone and see how far the network's answers move: mean KL(dense ‖ pruned) over images.
@@ -79,6 +83,8 @@ def measured_curves(
     Args:
         batches: images; as many of them are used as `seconds` allow, at least one batch.
         seconds: rough limit for all groups together.
+        repair: let what stays stand in for what goes (`compensate`) before looking, as will be done: what others can
+            replace costs little, however large it is.
 
     Raises:
         StepError: no images, or a pruned network whose answers are not finite.
@@ -98,17 +104,51 @@ def measured_curves(
         number = int(np.clip(seconds / max(each * trials, 1e-9), 1, len(given)))
         dense += [F.log_softmax(module(images).float(), 1) for images, _ in given[1:number]]
         curves = {}
+        compensators: dict[str, Compensator] = {}
+        parts = _in_parts(module, analysis.groups) if repair else []
         for group in (progress or Silent()).track(
             analysis.groups, "measuring sensitivity", len(analysis.groups)
         ):
+            if repair and group.name not in compensators:
+                part = parts.pop(0)
+                shared = Compensator(module, part, given[:number], trace=analysis.trace)
+                compensators = {other.name: shared for other in part}
             losses = {group.size: 0.0}
             for count in points[group.name]:
                 keep = {group.name: keep_best(scores[group.name], count)}
-                small = analysis.edit(keep, module).apply(light_copy(module)).eval()
+                source = _repaired(module, compensators[group.name], keep) if repair else module
+                small = analysis.edit(keep, source).apply(light_copy(source)).eval()
                 _recalibrate(small, given[:number])
                 losses[count] = divergence(small, given[:number], dense, group.name)
             curves[group.name] = _curve(group, losses, round_to, min_fraction)
     return curves
+
+
+def _repaired(module: nn.Module, compensator: Compensator, keep: Mapping[str, np.ndarray]) -> nn.Module:
+    """`module` as `compensator` repairs it for a cut; what is not repaired is shared with it."""
+    changed = light_copy(module)
+    for path, value in compensator(keep).state.items():
+        owner_path, _, name = path.rpartition(".")
+        owner = changed.get_submodule(owner_path)
+        if name in owner._parameters:
+            owner._parameters[name] = nn.Parameter(value, requires_grad=False)
+        else:
+            owner._buffers[name] = value
+    return changed
+
+
+def _in_parts(module: nn.Module, groups: Sequence[Group]) -> list[list[Group]]:
+    """Groups whose layers' moments fit into memory together."""
+    parts: list[list[Group]] = []
+    held = MEMORY
+    for group in groups:
+        size = moment_bytes(module, [group])
+        if held + size > MEMORY:
+            parts.append([])
+            held = 0
+        parts[-1].append(group)
+        held += size
+    return parts
 
 
 def _recalibrate(small: nn.Module, batches: Batches) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cveff.compress.batch_norm import recalibrate_batch_norm
-from cveff.compress.compensate import compensate
+from cveff.compress.compensate import Compensator, compensate, moment_bytes
 from cveff.compress.groups import Group, Member
 from cveff.compress.trace import trace
 from cveff.errors import StepError
@@ -66,6 +66,21 @@ def test_linear_combinations_of_kept_channels_are_replaced_exactly(convnet, imag
     before, after = found.errors["2"]
     assert after < 1e-10 < before
     assert not found.state["2.weight"][:, 6:].any()
+
+
+def test_one_pass_serves_many_masks(convnet, images) -> None:
+    known = convnet()
+    shared = Compensator(known.module, known.groups, images, trace=None)
+    for units in ((0,), (1, 5), (2, 3, 4)):
+        keep = {"conv1": dropped(8, *units)}
+        alone = compensate(known.module, known.groups, keep, images)
+        found = shared(keep)
+        assert found.errors == alone.errors
+        assert found.state.keys() == alone.state.keys()
+        assert all(torch.equal(found.state[path], value) for path, value in alone.state.items())
+    assert moment_bytes(known.module, known.groups) == 8 * (8**2 + 6**2), "of conv2 and fc"
+    with pytest.raises(StepError, match="no groups of this network"):
+        shared({"conv9": dropped(8, 0)})
 
 
 def test_constant_channels_go_into_the_bias(convnet, images) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,8 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import cveff
 import cveff.data
-from cveff.compress import Distill, Prune
+from cveff.compress import Distill, Prune, sensitivity
 from cveff.compress.analysis import analyze
+from cveff.compress.batch_norm import recalibrate_batch_norm
 from cveff.compress.blocks import macs
 from cveff.compress.importance import score
 from cveff.compress.latency_goal import LatencyGoal
@@ -272,6 +274,32 @@ def test_curves_start_at_nothing_and_never_fall(trained: Model, data: Data) -> N
             curve = curves[group.name]
             assert curve.counts[0] == group.size and curve.losses[0] == 0
             assert (np.diff(curve.losses) >= 0).all() and curve.losses[-1] > 0
+
+
+@pytest.mark.parametrize("memory", [0, 1 << 30])
+def test_what_others_can_replace_costs_little(
+    trained: Model, data: Data, monkeypatch: pytest.MonkeyPatch, memory: int
+) -> None:
+    """Half of a layer's channels are copies of the others: gone, they can be repaired without loss."""
+    module = copy.deepcopy(trained.module)
+    analysis = analyze(module, trained.spec.input)
+    group = next(group for group in analysis.groups if group.name == "stages.0.0.conv1.conv")
+    half = group.size // 2
+    state = module.state_dict()
+    for member in group.members:
+        if member.role != "in":
+            state[member.parameter][half:] = state[member.parameter][:half]
+    batches = samples(data.train, trained.spec.input, 64)  # type: ignore[arg-type]
+    recalibrate_batch_norm(module, batches)
+    scores = {other.name: np.arange(other.size, 0, -1.0) for other in analysis.groups}
+    monkeypatch.setattr(sensitivity, "MEMORY", memory)
+    alone, repaired = (
+        measured_curves(module, analysis, scores, batches, round_to=2, repair=repair)
+        for repair in (False, True)
+    )
+    at = alone[group.name].counts.index(half)
+    assert alone[group.name].losses[at] > 0.01
+    assert repaired[group.name].losses[at] < 1e-3 * alone[group.name].losses[at]
 
 
 def _predicted_by_macs(monkeypatch: pytest.MonkeyPatch, fixed: float = 0.0) -> MacsTimer:

@@ -90,7 +90,7 @@ def _row(
     start = time.monotonic()
     small = cveff.apply(model, step, data=data, seed=0)
     seconds = time.monotonic() - start
-    logits, _ = _logits(cveff.export(small, folder / "int8.onnx"), model, data, threads)
+    logits = _logits(cveff.export(small, folder / "int8.onnx"), model, data, threads)
     found = {
         "error": relative_error(torch.from_numpy(logits), torch.from_numpy(reference)),
         "agreement": agreement(logits, reference),
@@ -102,9 +102,9 @@ def _row(
     return found
 
 
-def _logits(path: Path, model: Model, data: Data, threads: int) -> tuple[np.ndarray, np.ndarray | None]:
+def _logits(path: Path, model: Model, data: Data, threads: int) -> np.ndarray:
     batches = data.evaluation.evaluation_batches(model.spec.input, BATCH)
-    return predict(peers.open_onnxruntime(path, threads), batches)
+    return predict(peers.open_onnxruntime(path, threads), batches)[0]
 
 
 def _show(values: dict[str, Any]) -> None:
