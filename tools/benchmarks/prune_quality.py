@@ -42,6 +42,7 @@ from cveff.pipeline import evaluate
 from cveff.target import load_target
 
 LATENCY = 0.5
+TIMINGS = 5
 MARGIN_POINTS, MAX_DROP_POINTS = 0.2, 0.5
 OURS = "cveff"
 PEERS = {f"torch-pruning {criterion}": criterion for criterion in torch_pruning_peer.CRITERIA}
@@ -84,7 +85,8 @@ def main() -> None:
         _prune_all(names, rows, arguments, results)
     if arguments.until is None:
         _recover_all(names, rows, arguments, results)
-    results.values["summary"] = _summary(rows)
+        _time_all(names, rows, arguments, results)
+    results.values["summary"] = _summary(rows, results.values.get("times", {}))
     results.save()
     _print(results.values)
 
@@ -218,14 +220,48 @@ def _recover(task: Recovery, pruned: dict[str, Any], folder: Path, epochs: int |
     }
 
 
+def _time_all(
+    names: Sequence[tuple[str, int]],
+    rows: dict[str, Any],
+    arguments: argparse.Namespace,
+    results: common.Results,
+) -> None:
+    """Time every network's pruned files in turns with its dense one once more: one measurement for all of them."""
+    data = cveff.data.load("fashion-mnist", seed=0)
+    times = results.values.setdefault("times", {})
+    for network, seed in names:
+        name = f"{network}-{seed}"
+        if name in times:
+            continue
+        dense = cveff.load(arguments.models / name)
+        models = {"dense": dense, OURS: cveff.load(_pruned_folder(arguments.models, network, seed))}
+        for peer, criterion in PEERS.items():
+            models[peer] = torch_pruning_peer.prune(dense, criterion, rows[name][peer]["ratio"], data, seed)
+        shares: dict[str, list[float]] = {tool: [] for tool in models}
+        with EngineTimer(load_target("edge-cpu"), "onnxruntime") as timer:
+            for _ in range(TIMINGS):
+                found = timer.milliseconds(models)
+                for tool in models:
+                    shares[tool].append(found[tool] / found["dense"])
+        times[name] = {
+            tool: {"latency": statistics.median(values), "least": min(values), "most": max(values)}
+            for tool, values in shares.items()
+        } | {"dense_ms": found["dense"]}
+        common.Lines(name).message(f"times: {times[name]}")
+        results.save()
+
+
 def _pruned_folder(folder: Path, network: str, seed: int) -> Path:
     return folder / f"{network}-{seed}-pruned"
 
 
-def _summary(rows: dict[str, Any]) -> dict[str, Any]:
+def _summary(rows: dict[str, Any], times: dict[str, Any]) -> dict[str, Any]:
     """Differences in points, by network and in all; the best of torch-pruning's criteria in each row."""
     found: dict[str, Any] = {}
     networks: dict[str, list[dict[str, Any]]] = {}
+    timed: dict[str, list[float]] = {}
+    for key, row in times.items():
+        timed.setdefault(key.rpartition("-")[0], []).append(row[OURS]["latency"])
     for key, row in rows.items():
         if f"{OURS}, distilled" in row and all(f"{peer}, labels" in row for peer in PEERS):
             networks.setdefault(key.rpartition("-")[0], []).append(row)
@@ -234,7 +270,7 @@ def _summary(rows: dict[str, Any]) -> dict[str, Any]:
             "seeds": len(done),
             "drop": _points([row["dense"]["accuracy"] - row["cveff, distilled"]["accuracy"] for row in done]),
             "gain": _points([row["cveff, distilled"]["accuracy"] - _best(row, "labels") for row in done]),
-            "latency": statistics.mean(row["cveff, distilled"]["latency"] for row in done),
+            "latency": statistics.mean(timed[network]) if network in timed else None,
         }
         for kind in ("distilled", "labels"):
             both = [row for row in done if f"{OURS}, {kind}" in row and _best(row, kind)]
