@@ -72,9 +72,7 @@ def compensate(
         StepError: no images, groups of another network, masks that do not fit or keep nothing, or inputs that are
             not finite.
     """
-    check_groups(module, groups)
-    losing = [path for path, mask in _kept_inputs(module, groups, keep).items() if not bool(mask.all())]
-    return Compensator(module, groups, batches, damping=damping, trace=trace, paths=losing)(keep)
+    return Compensator(module, groups, batches, damping=damping, trace=trace, masks=keep)(keep)
 
 
 class Compensator:
@@ -84,7 +82,7 @@ class Compensator:
         module: the network; left as it was.
         groups: that masks may be given for.
         damping, trace: as of `compensate`.
-        paths: the layers to look at; by default all that lose inputs if any of `groups` is cut.
+        masks: the only ones that will be asked for; by default any.
 
     Raises:
         StepError: no images, groups of another network, or inputs that are not finite.
@@ -98,7 +96,7 @@ class Compensator:
         *,
         damping: float = 1e-4,
         trace: Trace | None = None,
-        paths: Sequence[str] | None = None,
+        masks: Mapping[str, np.ndarray] | None = None,
     ) -> None:
         given = require_batches(batches, "compensation")
         check_groups(module, groups)
@@ -108,7 +106,9 @@ class Compensator:
         self._norms = {} if trace is None else norms_behind(trace)
         self._skipped: dict[str, str] = {}
         self._layers: dict[str, Layer] = {}
-        for path in _kept_inputs(module, groups, {}) if paths is None else paths:
+        for path, mask in _kept_inputs(module, groups, masks or {}).items():
+            if masks is not None and bool(mask.all()):
+                continue
             layer = module.get_submodule(path)
             assert isinstance(layer, (nn.Conv2d, nn.Linear))
             channels = layer.weight.shape[1]
@@ -133,7 +133,11 @@ class Compensator:
                 continue
             if path in self._skipped:
                 result.skipped[path] = self._skipped[path]
-            elif path not in self._moments or self._moments[path].count == 0:
+            elif path not in self._moments:
+                raise StepError(
+                    f"{path} loses inputs by these masks and not by those given first; give them first"
+                )
+            elif self._moments[path].count == 0:
                 result.skipped[path] = "it was never called: its weight is used directly"
             else:
                 self._repair(path, mask, result)

@@ -24,59 +24,77 @@ MORE = 0.25
 IMAGES = 256
 
 
-def cheap_blocks(
-    module: nn.Module,
-    spec: InputSpec,
-    cost: Callable[[Trace], float],
-    goal: float,
-    price: float,
-    batches: Batches,
-    progress: Progress,
-    start: DropBlocks | None = None,
-) -> DropBlocks | None:
-    """Choose blocks one at a time, each time the one that saves most for its loss; the losses are measured again with
+class BlockChooser:
+    """Chooses blocks one at a time, each time the one that saves most for its loss; the losses are measured again with
     the earlier ones gone.
 
     Args:
         module: the network; left as it was.
         cost: of a traced network, in the goal's unit.
-        goal: what the network may cost; no block goes once it is met.
-        price: loss for one unit of cost that taking channels out asks for on average.
-        start: blocks that go in any case. With these channels could not reach the goal: more go, whatever they cost.
-
-    Returns:
-        The edit; None where no block is cheap enough, or with `start` where none is left.
     """
-    given = _few(batches)
-    dropped = [] if start is None else list(start.modules)
-    with torch.no_grad(), evaluation(module):
-        dense = [F.log_softmax(module(images).float(), 1) for images, _ in given]
-        removable = removable_blocks(module, trace(module, spec))
-        candidates = [path for path in removable if path not in dropped]
-        with skipped(module, dropped) as smaller:
-            now = cost(trace(smaller, spec))
-            loss = divergence(smaller, given, dense, "what is left") if dropped else 0.0
-        if start is None:
-            limit = int(MOST * len(removable))
-        else:
-            limit, goal, price = len(dropped) + math.ceil(MORE * len(candidates)), -math.inf, math.inf
-        while len(dropped) < limit and now > goal:
-            best: tuple[float, str, float, float] | None = None
-            for path in progress.track(candidates, "measuring blocks", len(candidates)):
-                with skipped(module, [*dropped, path]) as smaller:
-                    after, total = cost(trace(smaller, spec)), divergence(smaller, given, dense, path)
-                saved, added = now - after, max(total - loss, 0.0)
-                if saved > 0 and (best is None or added / saved < best[0]):
-                    best = (added / saved, path, after, total)
-            if best is None or best[0] > price:
-                break
-            _, path, now, loss = best
-            dropped.append(path)
-            candidates.remove(path)
-    if start is None and dropped:
-        progress.message(f"{len(dropped)} blocks cost less than channels: {', '.join(dropped)}")
-    found = DropBlocks(tuple(dropped)) if dropped else None
-    return None if found == start else found
+
+    def __init__(
+        self,
+        module: nn.Module,
+        spec: InputSpec,
+        cost: Callable[[Trace], float],
+        batches: Batches,
+        progress: Progress,
+    ) -> None:
+        self._module, self._spec, self._cost, self._progress = module, spec, cost, progress
+        self._batches = _few(batches)
+        with torch.no_grad(), evaluation(module):
+            self._dense = [F.log_softmax(module(images).float(), 1) for images, _ in self._batches]
+            self._removable = removable_blocks(module, trace(module, spec))
+
+    def cheap(self, goal: float, price: float) -> DropBlocks | None:
+        """Blocks that are cheaper than channels; None where there is none.
+
+        Args:
+            goal: what the network may cost; no block goes once it is met.
+            price: loss for one unit of cost that taking channels out asks for on average.
+        """
+        found = self._chosen((), int(MOST * len(self._removable)), goal, price)
+        if found is not None:
+            names = ", ".join(found.modules)
+            self._progress.message(f"{len(found.modules)} blocks cost less than channels: {names}")
+        return found
+
+    def more(self, drop: DropBlocks | None) -> DropBlocks | None:
+        """`drop`, without which channels could not reach the goal, and more, whatever they cost; None where none is
+        left that saves anything.
+        """
+        dropped = () if drop is None else drop.modules
+        count = math.ceil(MORE * (len(self._removable) - len(dropped)))
+        return self._chosen(dropped, count, -math.inf, math.inf)
+
+    def _chosen(self, start: tuple[str, ...], count: int, goal: float, price: float) -> DropBlocks | None:
+        """`start` and up to `count` more; None where it is none more."""
+        dropped = list(start)
+        candidates = [path for path in self._removable if path not in dropped]
+        with torch.no_grad(), evaluation(self._module):
+            now, loss = self._without(dropped)
+            while len(dropped) < len(start) + count and now > goal:
+                best: tuple[float, str, float, float] | None = None
+                for path in self._progress.track(candidates, "measuring blocks", len(candidates)):
+                    after, total = self._without([*dropped, path])
+                    saved, added = now - after, max(total - loss, 0.0)
+                    if saved > 0 and (best is None or added / saved < best[0]):
+                        best = (added / saved, path, after, total)
+                if best is None or best[0] > price:
+                    break
+                _, path, now, loss = best
+                dropped.append(path)
+                candidates.remove(path)
+        return DropBlocks(tuple(dropped)) if len(dropped) > len(start) else None
+
+    def _without(self, dropped: list[str]) -> tuple[float, float]:
+        """Cost of the network without these blocks, and how far its answers are from the whole one's."""
+        with skipped(self._module, dropped) as smaller:
+            name = ", ".join(dropped) or "nothing"
+            return self._cost(trace(smaller, self._spec)), divergence(
+                smaller, self._batches, self._dense, name
+            )
 
 
 def _few(batches: Batches) -> Batches:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from torch import nn
 
 from cveff.compress.allocate import allocate
 from cveff.compress.analysis import analyze, light_copy
 from cveff.compress.blocks import macs
-from cveff.compress.depth_plan import cheap_blocks
+from cveff.compress.depth_plan import BlockChooser
 from cveff.compress.drop_blocks import DropBlocks
 from cveff.compress.groups import Analysis
 from cveff.compress.importance import score
@@ -96,77 +95,174 @@ def make_plan(settings: Prune, model: Model, reference: Model, share: float, run
         StepError: nothing can be pruned.
         UnreachableError: the goal cannot be reached, with `settings.depth` not even without all the blocks that can go.
     """
-    batches = calibration(settings, model, run)
-    predictor: LatencyModel | None = None
-    if settings.goal in ("latency", "latency_ms"):
-        assert run.timer is not None
-        predictor = LatencyGoal.make_predictor(run.timer, reference)
+    planner = _Planner(settings, model, reference, share, run)
     if not settings.depth:
         try:
-            return _plan(settings, model, reference, share, batches, run, predictor, None)
+            return planner.plan(None)
         except UnreachableError as error:
             raise UnreachableError(f"{error}; {_ADVICE}, allow depth=True, or ask for less") from None
-    blocks = _blocks(settings, model, reference, share, batches, run, predictor)
-    drop = blocks(None)
+    drop = planner.cheap_blocks()
     while True:
         try:
-            return _plan(settings, model, reference, share, batches, run, predictor, drop)
+            return planner.plan(drop)
         except UnreachableError as error:
-            more = blocks(drop or DropBlocks(()))
+            more = planner.more_blocks(drop)
             if more is None:
+                gone = 0 if drop is None else len(drop.modules)
                 raise UnreachableError(
-                    f"{error}, without {len(drop.modules) if drop else 0} residual blocks, all that can go; {_ADVICE}, "
-                    "or ask for less"
+                    f"{error}, without {gone} residual blocks, all that can go; {_ADVICE}, or ask for less"
                 ) from None
             run.progress.message(f"{error}; {len(more.modules)} blocks go")
             drop = more
 
 
-def _plan(
-    settings: Prune,
-    model: Model,
-    reference: Model,
-    share: float,
-    batches: Batches | None,
-    run: Run,
-    predictor: LatencyModel | None,
-    drop: DropBlocks | None,
-) -> Plan:
-    """A plan without these blocks.
+@dataclass(frozen=True, eq=False)
+class _Cut:
+    """A network, some blocks gone, and what is known of its groups."""
 
-    Raises:
-        StepError: as `make_plan`; `UnreachableError` where fewer blocks would do.
-    """
-    if drop is not None:
-        model = with_module(model, drop.apply(light_copy(model.module)).eval(), drop)
-    analysis = analyze(model.module, model.spec.input, settings.attention, run.seed)
-    if not analysis.groups:
-        reasons = sorted({group.reason for group in analysis.frozen})
-        raise StepError(
-            f"{model.spec.architecture} has no channels that could be pruned: {'; '.join(reasons[:3]) or 'no layers'}"
-        )
-    scores = score(model.module, analysis.groups, settings.importance, batches=batches, seed=run.seed)
-    sizes = Sizes(analysis)
-    if settings.goal == "ratio":
-        keep = _by_ratio(settings, analysis, scores, 1 - share, model.module)
-    else:
-        counts_for = _allocator(
-            settings, model, analysis, scores, _curves(settings, model, analysis, scores, batches, run)
-        )
-        if predictor is not None:
+    model: Model
+    analysis: Analysis
+    scores: dict[str, np.ndarray]
+    curves: dict[str, Curve]
+    sizes: Sizes
+
+
+class _Planner:
+    """What `make_plan` does, for one round."""
+
+    def __init__(self, settings: Prune, model: Model, reference: Model, share: float, run: Run) -> None:
+        self._settings, self._model, self._reference = settings, model, reference
+        self._share, self._run = share, run
+        self._batches = calibration(settings, model, run)
+        self._predictor: LatencyModel | None = None
+        if settings.goal in ("latency", "latency_ms"):
             assert run.timer is not None
-            goal = LatencyGoal(model, reference, analysis, sizes, run.timer, predictor, run.progress)
-            counts = goal.reach(counts_for, share)
+            self._predictor = LatencyGoal.make_predictor(run.timer, reference)
+        self._intact = self._cut(None)
+
+    def plan(self, drop: DropBlocks | None) -> Plan:
+        """A plan without these blocks.
+
+        Raises:
+            StepError: as `make_plan`; `UnreachableError` where fewer blocks would do.
+        """
+        cut = self._intact if drop is None else self._cut(drop)
+        if self._settings.goal == "ratio":
+            keep = _by_ratio(self._settings, cut, 1 - self._share)
         else:
-            cost, whole = _counted(settings.goal, analysis, sizes), _whole(settings.goal, reference)
-            counts = counts_for(cost, share * whole)
-            if cost(counts) > 1.001 * share * whole:
-                raise UnreachableError(
-                    f"prune.{settings.goal} {share:.3g} cannot be reached: with every group at its least "
-                    f"(min_fraction {settings.min_fraction:g}), {cost(counts) / whole:.3g} is left"
-                )
-        keep = {name: keep_best(scores[name], count) for name, count in counts.items()}
-    return Plan(analysis, keep, _figures(analysis, sizes, keep), drop)
+            keep = {name: keep_best(cut.scores[name], count) for name, count in self._counts(cut).items()}
+        return Plan(cut.analysis, keep, _figures(cut.analysis, cut.sizes, keep), drop)
+
+    def cheap_blocks(self) -> DropBlocks | None:
+        """Blocks that cost less than channels would, at the price channels have when they alone reach the goal."""
+        curves, goal = self._intact.curves, self._share * self._whole()
+        cost = self._cost(self._intact)
+        counts = allocate(curves, cost, goal)
+        loss = sum(float(curve.losses[curve.counts.index(counts[name])]) for name, curve in curves.items())
+        saved = max(cost(self._intact.sizes.full) - cost(counts), 1e-9)
+        return self._chooser().cheap(goal, loss / saved)
+
+    def more_blocks(self, drop: DropBlocks | None) -> DropBlocks | None:
+        """`drop` and more, whatever they cost; None where no more can go."""
+        return self._chooser().more(drop)
+
+    def _cut(self, drop: DropBlocks | None) -> _Cut:
+        settings, model = self._settings, self._model
+        if drop is not None:
+            model = with_module(model, drop.apply(light_copy(model.module)).eval(), drop)
+        analysis = analyze(model.module, model.spec.input, settings.attention, self._run.seed)
+        if not analysis.groups:
+            reasons = sorted({group.reason for group in analysis.frozen})
+            raise StepError(
+                f"{model.spec.architecture} has no channels that could be pruned: "
+                f"{'; '.join(reasons[:3]) or 'no layers'}"
+            )
+        scores = score(
+            model.module, analysis.groups, settings.importance, batches=self._batches, seed=self._run.seed
+        )
+        curves = {} if settings.goal == "ratio" else self._curves(model, analysis, scores)
+        return _Cut(model, analysis, scores, curves, Sizes(analysis))
+
+    def _curves(self, model: Model, analysis: Analysis, scores: Mapping[str, np.ndarray]) -> dict[str, Curve]:
+        """What each group costs; none where the scope does not ask."""
+        settings = self._settings
+        if settings.scope != "global":
+            return {}
+        if not settings.sensitivity:
+            return summed_curves(
+                analysis.groups,
+                scores,
+                is_comparable=settings.importance in COMPARABLE,
+                round_to=settings.round_to,
+                min_fraction=settings.min_fraction,
+            )
+        assert self._batches is not None
+        return measured_curves(
+            model.module,
+            analysis,
+            scores,
+            self._batches,
+            round_to=settings.round_to,
+            min_fraction=settings.min_fraction,
+            repair=settings.compensate,
+            progress=self._run.progress,
+        )
+
+    def _counts(self, cut: _Cut) -> dict[str, int]:
+        """Units that every group keeps, of a goal that is not a ratio."""
+        settings, share = self._settings, self._share
+
+        def counts_for(cost: Cost, goal: float) -> dict[str, int]:
+            if settings.scope == "global":
+                return allocate(cut.curves, cost, goal)
+            return _uniformly(settings, cut, cost, goal)
+
+        if self._predictor is not None:
+            assert self._run.timer is not None
+            goal = LatencyGoal(
+                cut.model,
+                self._reference,
+                cut.analysis,
+                cut.sizes,
+                self._run.timer,
+                self._predictor,
+                self._run.progress,
+            )
+            return goal.reach(counts_for, share)
+        cost, whole = self._cost(cut), self._whole()
+        counts = counts_for(cost, share * whole)
+        if cost(counts) > 1.001 * share * whole:
+            raise UnreachableError(
+                f"prune.{settings.goal} {share:.3g} cannot be reached: with every group at its least "
+                f"(min_fraction {settings.min_fraction:g}), {cost(counts) / whole:.3g} is left"
+            )
+        return counts
+
+    def _cost(self, cut: _Cut) -> Cost:
+        """What the goal counts, of a network with given counts; of a latency, as predicted."""
+        predictor, found = self._predictor, cut.analysis.trace
+        if predictor is not None:
+            return lambda counts: predictor.predict(found, cut.sizes.shapes(counts))
+        if self._settings.goal == "parameters":
+            return lambda counts: float(cut.sizes.parameters(counts))
+        return lambda counts: float(macs(found, cut.sizes.shapes(counts)))
+
+    def _of_trace(self, found: Trace) -> float:
+        """The same of a traced network."""
+        if self._predictor is not None:
+            return self._predictor.predict(found)
+        return _parameters_of(found) if self._settings.goal == "parameters" else float(macs(found))
+
+    def _whole(self) -> float:
+        """What the goal counts, of the reference."""
+        if self._settings.goal == "parameters":
+            return float(self._reference.num_parameters)
+        return self._of_trace(trace(self._reference.module, self._reference.spec.input))
+
+    def _chooser(self) -> BlockChooser:
+        assert self._batches is not None
+        module, spec = self._model.module, self._model.spec.input
+        return BlockChooser(module, spec, self._of_trace, self._batches, self._run.progress)
 
 
 def calibration(settings: Prune, model: Model, run: Run) -> Batches | None:
@@ -178,93 +274,6 @@ def calibration(settings: Prune, model: Model, run: Run) -> Batches | None:
     return samples(split, model.spec.input, settings.images, seed=run.seed, device=str(run.device))
 
 
-CountsFor = Callable[[Cost, float], dict[str, int]]
-"""Cost and the most it may be -> units every group keeps."""
-
-
-def _curves(
-    settings: Prune,
-    model: Model,
-    analysis: Analysis,
-    scores: Mapping[str, np.ndarray],
-    batches: Batches | None,
-    run: Run,
-) -> dict[str, Curve]:
-    """What each group costs; none where the scope does not ask."""
-    if settings.scope != "global":
-        return {}
-    if not settings.sensitivity:
-        return summed_curves(
-            analysis.groups,
-            scores,
-            is_comparable=settings.importance in COMPARABLE,
-            round_to=settings.round_to,
-            min_fraction=settings.min_fraction,
-        )
-    assert batches is not None
-    return measured_curves(
-        model.module,
-        analysis,
-        scores,
-        batches,
-        round_to=settings.round_to,
-        min_fraction=settings.min_fraction,
-        repair=settings.compensate,
-        progress=run.progress,
-    )
-
-
-def _allocator(
-    settings: Prune,
-    model: Model,
-    analysis: Analysis,
-    scores: Mapping[str, np.ndarray],
-    curves: Mapping[str, Curve],
-) -> CountsFor:
-    if settings.scope == "global":
-        return lambda cost, goal: allocate(curves, cost, goal)
-    return lambda cost, goal: _uniformly(settings, analysis, scores, model.module, cost, goal)
-
-
-def _counted(goal: str, analysis: Analysis, sizes: Sizes) -> Cost:
-    """Operations or parameters of the network with given counts."""
-    if goal == "parameters":
-        return lambda counts: float(sizes.parameters(counts))
-    return lambda counts: float(macs(analysis.trace, sizes.shapes(counts)))
-
-
-def _blocks(
-    settings: Prune,
-    model: Model,
-    reference: Model,
-    share: float,
-    batches: Batches | None,
-    run: Run,
-    predictor: LatencyModel | None,
-) -> Callable[[DropBlocks | None], DropBlocks | None]:
-    """What chooses blocks: for None those that cost less than channels would, at the price channels have when they
-    alone reach the goal; for blocks that were too few, these and more, or None."""
-    assert batches is not None
-    analysis = analyze(model.module, model.spec.input, settings.attention, run.seed)
-    scores = score(model.module, analysis.groups, settings.importance, batches=batches, seed=run.seed)
-    curves = _curves(settings, model, analysis, scores, batches, run)
-    sizes = Sizes(analysis)
-    if predictor is not None:
-        of_trace: Callable[[Trace], float] = predictor.predict
-        cost: Cost = lambda counts: predictor.predict(analysis.trace, sizes.shapes(counts))  # noqa: E731
-        whole = of_trace(trace(reference.module, reference.spec.input))
-    else:
-        cost, whole = _counted(settings.goal, analysis, sizes), _whole(settings.goal, reference)
-        of_trace = _parameters_of if settings.goal == "parameters" else lambda found: float(macs(found))
-    counts = allocate(curves, cost, share * whole)
-    loss = sum(float(curve.losses[curve.counts.index(counts[name])]) for name, curve in curves.items())
-    saved = max(cost(sizes.full) - cost(counts), 1e-9)
-    price = loss / saved
-    return lambda start: cheap_blocks(
-        model.module, model.spec.input, of_trace, share * whole, price, batches, run.progress, start
-    )
-
-
 def _parameters_of(found: Trace) -> float:
     buffers = set(found.program.graph_signature.buffers)
     return float(
@@ -274,19 +283,11 @@ def _parameters_of(found: Trace) -> float:
     )
 
 
-def _uniformly(
-    settings: Prune,
-    analysis: Analysis,
-    scores: Mapping[str, np.ndarray],
-    module: nn.Module,
-    cost: Cost,
-    goal: float,
-) -> dict[str, int]:
+def _uniformly(settings: Prune, cut: _Cut, cost: Cost, goal: float) -> dict[str, int]:
     """The smallest share that, taken everywhere alike, reaches the goal: bisected."""
 
     def counts(amount: float) -> dict[str, int]:
-        keep = _by_ratio(settings, analysis, scores, amount, module)
-        return {name: int(mask.sum()) for name, mask in keep.items()}
+        return {name: int(mask.sum()) for name, mask in _by_ratio(settings, cut, amount).items()}
 
     low, high = 0.0, 0.999
     for _ in range(14):
@@ -295,25 +296,16 @@ def _uniformly(
     return counts(high)
 
 
-def _by_ratio(
-    settings: Prune, analysis: Analysis, scores: Mapping[str, np.ndarray], amount: float, module: nn.Module
-) -> dict[str, np.ndarray]:
+def _by_ratio(settings: Prune, cut: _Cut, amount: float) -> dict[str, np.ndarray]:
     return select(
-        analysis.groups,
-        scores,
+        cut.analysis.groups,
+        cut.scores,
         settings.scope,
         amount,
-        module=module,
+        module=cut.model.module,
         round_to=settings.round_to,
         min_fraction=settings.min_fraction,
     )
-
-
-def _whole(goal: str, reference: Model) -> float:
-    """The reference's operations or parameters."""
-    if goal == "parameters":
-        return float(reference.num_parameters)
-    return float(macs(trace(reference.module, reference.spec.input)))
 
 
 def _figures(analysis: Analysis, sizes: Sizes, keep: Mapping[str, np.ndarray]) -> dict[str, float]:

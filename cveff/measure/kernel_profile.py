@@ -1,7 +1,7 @@
 """How long an engine's kernels take, by its own profile, and what that profile adds to them.
 
-Both engines time kernels one by one, which costs some microseconds each: nothing beside a large convolution, more than
-a tiny kernel itself. `profile_overhead` measures it, so that it can be taken off.
+Both engines time kernels one by one, which takes time itself: nothing beside a large convolution, more than a tiny
+kernel. `profile_overhead` measures how much, so that it can be taken off.
 """
 
 from __future__ import annotations
@@ -88,11 +88,13 @@ def profile_overhead(engine: str, threads: int) -> float:
     return max(0.0, min(_overhead(engine, threads) for _ in range(ROUNDS)))
 
 
-def tiny_chain(length: int) -> bytes:
-    """So many products with a 16×16 matrix, one behind the other: kernels that no engine merges."""
-    weight = numpy_helper.from_array(np.eye(TINY, dtype=np.float32), "w")
+def tiny_chain(length: int, width: int = TINY) -> bytes:
+    """So many products with one matrix, (width, width), behind one another: kernels that no engine merges."""
+    weight = numpy_helper.from_array(np.eye(width, dtype=np.float32), "w")
     nodes = [helper.make_node("MatMul", [f"h{i}" if i else "x", "w"], [f"h{i + 1}"]) for i in range(length)]
-    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, TINY]) for name in ("x", f"h{length}"))
+    x, y = (
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, width]) for name in ("x", f"h{length}")
+    )
     graph = helper.make_graph(nodes, "chain", [x], [y], [weight])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
     onnx.checker.check_model(model)

@@ -11,7 +11,7 @@ import onnx
 import pytest
 
 from cveff.errors import CveffError, EngineError
-from cveff.measure import block_engines
+from cveff.measure import block_engines, kernel_profile
 from cveff.measure.block import Block
 from cveff.measure.block_engines import measure_block
 from cveff.measure.block_graph import UNARY, block_model
@@ -87,13 +87,27 @@ def test_what_the_profile_takes_is_taken_off_each_kernel(monkeypatch: pytest.Mon
     assert measure_block("onnxruntime", BLOCKS["reorder"], 1) == pytest.approx(0.020 / 2)
 
 
-@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
-def test_a_tiny_kernel_costs_less_than_its_profile_says(engine: str) -> None:
-    pytest.importorskip(engine)
+@pytest.mark.parametrize(("profiled", "expected"), [([0.004], 0.003), ([0.0005], 0.0), ([], 0.0)])
+def test_what_the_profile_takes_is_what_a_chain_of_kernels_does_not(
+    monkeypatch: pytest.MonkeyPatch, profiled: list[float], expected: float
+) -> None:
+    """36 products take 32 µs more than 4: a microsecond each. A kernel too short for the engine's clock is none."""
+    calls = {len(tiny_chain(4)): 0.010, len(tiny_chain(36)): 0.042}
+    monkeypatch.setattr(
+        kernel_profile, "profile", lambda *given: [Kernel("MatMul", item) for item in profiled]
+    )
+    monkeypatch.setattr(kernel_profile, "_call", lambda engine, model, *given: calls[len(model)])
     profile_overhead.cache_clear()
-    assert 0 <= profile_overhead(engine, 1) < 1
-    found = profile(engine, tiny_chain(1), {"x": np.ones((1, 16), np.float32)}, 1)
-    assert len(found) <= 1, "a product is one kernel; one too short for the engine's clock is none"
+    assert profile_overhead("onnxruntime", 1) == pytest.approx(expected)
+    profile_overhead.cache_clear()
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_engines_keep_the_products_of_a_chain_apart(engine: str) -> None:
+    pytest.importorskip(engine)
+    inputs = {"x": np.ones((1, 512), np.float32)}
+    found = profile(engine, tiny_chain(3, 512), inputs, 1)
+    assert len(found) == 3 and all(kernel.milliseconds > 0 for kernel in found)
 
 
 def test_work_takes_time() -> None:

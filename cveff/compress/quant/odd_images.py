@@ -1,8 +1,8 @@
 """Calibration images on which a network computes values many times as large as on others.
 
-A trained network may have directions in which nothing keeps its activations small: one image in a hundred then reaches
-a hundred times the usual values. A range that holds them leaves all other images a few of its 256 steps. Such images
-are found here, so that ranges can be made without them.
+A trained network may have directions in which nothing keeps its activations small, and a few images that go far in
+them. A range that holds their values leaves all other images a few of its 256 steps. Such images are found here, so
+that ranges can be made without them.
 """
 
 from __future__ import annotations

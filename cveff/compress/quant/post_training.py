@@ -131,7 +131,7 @@ class PostTraining:
         `best` learns how many it was made without.
         """
         best.left_out = everything.count - usual.count
-        found = self._attempt(copy.deepcopy(best.exact), everything)
+        found = self._attempt(best.exact, everything)
         found.equalized = best.equalized
         without = everything.error(best.graph)
         self.progress.message(
