@@ -29,7 +29,7 @@ demo: $(VENV)/demo.done
 	@echo "Report: $(BUNDLE)/report.html"
 
 test: $(VENV)/dev.done
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 check: lint types test
 

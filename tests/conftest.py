@@ -13,6 +13,11 @@ SIZE = (32, 40)
 NUM_CLASSES = 5
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long tests begin first: one of minutes at the end would leave the other workers idle."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 def make_onnx(
     path: Path,
     *,
