@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from cveff.compress.quant.calibration_images import odd_images
 from cveff.compress.quant.describe import describe
 from cveff.compress.quant.mixed import FP32, INT8, MIXED, Mixed, MixedPrecision
 from cveff.compress.quant.network import is_quantized
-from cveff.compress.quant.odd_images import odd_images
 from cveff.compress.quant.points import Points
 from cveff.compress.quant.post_training import PostTraining, Quantized
 from cveff.compress.quant.ranges import rounding_off

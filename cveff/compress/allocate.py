@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from cveff.compress.sensitivity import Cost, Curve
 
-LOOK_AHEAD = (1, 2, 3, 4, 6, 8, 12)
+LOOK_AHEAD = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 """Sizes ahead, in the curve's own steps, that a step may go at once."""
 LEAST_LOSS = 1e-9
 

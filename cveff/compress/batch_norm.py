@@ -10,6 +10,9 @@ from cveff.compress.samples import Batches, evaluation, require_batches
 from cveff.compress.units import device_of
 from cveff.errors import StepError
 
+BATCH = 128
+"""Images that statistics are taken of at a time."""
+
 
 def recalibrate_batch_norm(module: nn.Module, batches: Batches) -> int:
     """Replace every batch norm's running mean and variance by their averages over `batches`, in place.
@@ -17,10 +20,11 @@ def recalibrate_batch_norm(module: nn.Module, batches: Batches) -> int:
     Pruning shifts what reaches a batch norm; a hundred batches of plain images repair it without training (Li et
     al., "EagleEye", ECCV 2020, section 3.2). Everything else, dropout included, runs in evaluation mode, and
     modes and momenta are put back. All batch norms are estimated in one pass, each behind those in front of it
-    normalising by the batch, as in training.
+    normalising by the batch, as in training: of `BATCH` images, because a smaller one does not normalise as its
+    averages will (a late layer has one position an image).
 
     Args:
-        batches: unaugmented images, batches of at least 16; 100 to 200 batches make the estimate as good as training's.
+        batches: unaugmented images, at least 16 in all; `BATCH` or more make the estimate as good as training's.
 
     Returns:
         how many batch norms were re-estimated; 0 where the network has none.
@@ -37,6 +41,8 @@ def recalibrate_batch_norm(module: nn.Module, batches: Batches) -> int:
     }
     if not norms:
         return 0
+    for norm in norms.values():
+        _own(norm)
     before = {name: _state(norm) for name, norm in norms.items()}
     momenta = {name: norm.momentum for name, norm in norms.items()}
     done = False
@@ -46,8 +52,8 @@ def recalibrate_batch_norm(module: nn.Module, batches: Batches) -> int:
                 norm.reset_running_stats()
                 norm.momentum = None  # the plain average of all batches
                 norm.training = True
-            for index, (images, _) in enumerate(given):
-                _run(module, images, index)
+            for images in _large(given):
+                _run(module, images)
         _require_finite(norms)
         done = True
     finally:
@@ -58,15 +64,27 @@ def recalibrate_batch_norm(module: nn.Module, batches: Batches) -> int:
     return len(norms)
 
 
-def _run(module: nn.Module, images: torch.Tensor, index: int) -> None:
+def _large(batches: Batches) -> tuple[torch.Tensor, ...]:
+    """The same images in batches of one size, `BATCH` or up to twice that; one batch where there are fewer."""
+    images = torch.cat([part for part, _ in batches])
+    return images.tensor_split(max(1, len(images) // BATCH))
+
+
+def _run(module: nn.Module, images: torch.Tensor) -> None:
     try:
         module(images.to(device_of(module)))
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise
         raise StepError(
-            f"batch {index} has {len(images)} image(s), too few for a batch norm's variance; give batches of 16 or more"
+            f"{len(images)} image(s) are too few for a batch norm's variance; give 16 or more"
         ) from error
+
+
+def _own(norm: _BatchNorm) -> None:
+    """Statistics that are not shared with the network that this one is a shallow copy of."""
+    for name, value in _state(norm).items():
+        setattr(norm, name, value)
 
 
 def _state(norm: _BatchNorm) -> dict[str, torch.Tensor]:

@@ -12,7 +12,8 @@ from cveff.compress.compensate import compensate
 from cveff.compress.distill import Distill
 from cveff.compress.importance import DATA_CRITERIA, Criterion
 from cveff.compress.ownership import Attention
-from cveff.compress.prune_plan import Plan, calibration, make_plan
+from cveff.compress.prune_plan import Plan, calibration, make_plan, without_blocks
+from cveff.compress.samples import Batches
 from cveff.errors import StepError
 from cveff.files import write_json
 from cveff.model import Model, with_module
@@ -127,12 +128,13 @@ class Prune:
         reference, goal = model, self._share(model, run)
         for number in range(1, self.rounds + 1):
             share = goal ** (number / self.rounds)  # every round takes the same share of what is there
-            plan = make_plan(self, model, reference, share, run)
+            batches = calibration(self, model, run)
+            plan = make_plan(self, model, reference, share, batches, run)
             run.progress.message(plan.summary)
             run.log.write(number, plan.figures)
             if run.folder is not None:
                 write_json(run.folder / f"prune-{number}.json", plan.to_json())
-            model = self._carry_out(plan, model, run)
+            model = self._carry_out(plan, model, batches if self.compensate else None)
             if self.recover is not None:
                 model = self.recover(model, _of_round(run, number))
                 model.module.to(run.device)
@@ -147,7 +149,8 @@ class Prune:
         """
         self.check_run(run)
         model = Model(model.spec, copy.deepcopy(model.module).to(run.device).eval())
-        return make_plan(self, model, model, self._share(model, run), run)
+        share, batches = self._share(model, run), calibration(self, model, run)
+        return make_plan(self, model, model, share, batches, run)
 
     def _share(self, model: Model, run: Run) -> float:
         """The share that is to be left of whatever the goal counts."""
@@ -163,11 +166,10 @@ class Prune:
             )
         return self.amount / whole
 
-    def _carry_out(self, plan: Plan, model: Model, run: Run) -> Model:
-        """Repair what stays, cut what goes, re-estimate batch norms."""
-        batches = calibration(self, model, run) if self.compensate else None
+    def _carry_out(self, plan: Plan, model: Model, batches: Batches | None) -> Model:
+        """Repair what stays, cut what goes, re-estimate batch norms; without images, cut only."""
         if plan.drop is not None:
-            model = with_module(model, plan.drop.apply(model.module), plan.drop)
+            model = without_blocks(self, model, plan.drop, batches)
         module = model.module
         if batches is not None:
             found = compensate(module, plan.analysis.groups, plan.keep, batches, trace=plan.analysis.trace)

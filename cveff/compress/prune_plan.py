@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from cveff.compress.allocate import allocate
 from cveff.compress.analysis import analyze, light_copy
+from cveff.compress.batch_norm import recalibrate_batch_norm
 from cveff.compress.blocks import macs
 from cveff.compress.depth_plan import BlockChooser
 from cveff.compress.drop_blocks import DropBlocks
@@ -17,6 +20,7 @@ from cveff.compress.groups import Analysis
 from cveff.compress.importance import score
 from cveff.compress.latency_goal import LatencyGoal
 from cveff.compress.latency_model import LatencyModel
+from cveff.compress.odd_images import odd_images, usual
 from cveff.compress.samples import Batches, samples
 from cveff.compress.scopes import keep_best, select
 from cveff.compress.sensitivity import Cost, Curve, measured_curves, summed_curves
@@ -83,19 +87,22 @@ class Plan:
         }
 
 
-def make_plan(settings: Prune, model: Model, reference: Model, share: float, run: Run) -> Plan:
+def make_plan(
+    settings: Prune, model: Model, reference: Model, share: float, batches: Batches | None, run: Run
+) -> Plan:
     """Plan one round.
 
     Args:
         model: what is pruned; left as it is.
         reference: what shares are of: the model before the first round.
         share: how much of the goal's quantity is to be left of the reference's; for `ratio`, of the units.
+        batches: `calibration`'s.
 
     Raises:
         StepError: nothing can be pruned.
         UnreachableError: the goal cannot be reached, with `settings.depth` not even without all the blocks that can go.
     """
-    planner = _Planner(settings, model, reference, share, run)
+    planner = _Planner(settings, model, reference, share, batches, run)
     if not settings.depth:
         try:
             return planner.plan(None)
@@ -130,10 +137,17 @@ class _Cut:
 class _Planner:
     """What `make_plan` does, for one round."""
 
-    def __init__(self, settings: Prune, model: Model, reference: Model, share: float, run: Run) -> None:
+    def __init__(
+        self,
+        settings: Prune,
+        model: Model,
+        reference: Model,
+        share: float,
+        batches: Batches | None,
+        run: Run,
+    ) -> None:
         self._settings, self._model, self._reference = settings, model, reference
-        self._share, self._run = share, run
-        self._batches = calibration(settings, model, run)
+        self._share, self._batches, self._run = share, batches, run
         self._predictor: LatencyModel | None = None
         if settings.goal in ("latency", "latency_ms"):
             assert run.timer is not None
@@ -154,22 +168,46 @@ class _Planner:
         return Plan(cut.analysis, keep, _figures(cut.analysis, cut.sizes, keep), drop)
 
     def cheap_blocks(self) -> DropBlocks | None:
-        """Blocks that cost less than channels would, at the price channels have when they alone reach the goal."""
-        curves, goal = self._intact.curves, self._share * self._whole()
-        cost = self._cost(self._intact)
-        counts = allocate(curves, cost, goal)
-        loss = sum(float(curve.losses[curve.counts.index(counts[name])]) for name, curve in curves.items())
-        saved = max(cost(self._intact.sizes.full) - cost(counts), 1e-9)
-        return self._chooser().cheap(goal, loss / saved)
+        """The blocks without which the goal is reached at the least loss, blocks' and channels' added up; all that were
+        tried, if the goal was not reached without any of them.
+        """
+        best, least = None, self._channel_loss(None)
+        drop: DropBlocks | None = None
+        for drop, loss in self._chooser.sequence():
+            if loss >= least:
+                break
+            total = loss + self._channel_loss(drop)
+            if total < least:
+                best, least = drop, total
+        if math.isinf(least):
+            return drop
+        if best is not None:
+            names = ", ".join(best.modules)
+            self._run.progress.message(f"{len(best.modules)} blocks cost less than channels: {names}")
+        return best
+
+    def _channel_loss(self, drop: DropBlocks | None) -> float:
+        """What channels cost that reach the goal without these blocks, as predicted; infinite where none do."""
+        curves, cut = self._intact.curves, self._intact
+        if drop is not None:
+            model = without_blocks(self._settings, self._model, drop, None)
+            analysis = analyze(model.module, model.spec.input, self._settings.attention, self._run.seed)
+            curves = {group.name: curves[group.name] for group in analysis.groups if group.name in curves}
+            cut = _Cut(model, analysis, {}, curves, Sizes(analysis))
+        cost, goal = self._cost(cut), self._share * self._whole
+        counts = allocate(curves, lambda counts: cost({**cut.sizes.full, **counts}), goal)
+        if cost({**cut.sizes.full, **counts}) > goal:
+            return math.inf
+        return sum(float(curve.losses[curve.counts.index(counts[name])]) for name, curve in curves.items())
 
     def more_blocks(self, drop: DropBlocks | None) -> DropBlocks | None:
         """`drop` and more, whatever they cost; None where no more can go."""
-        return self._chooser().more(drop)
+        return self._chooser.more(drop)
 
     def _cut(self, drop: DropBlocks | None) -> _Cut:
         settings, model = self._settings, self._model
         if drop is not None:
-            model = with_module(model, drop.apply(light_copy(model.module)).eval(), drop)
+            model = without_blocks(settings, model, drop, self._batches)
         analysis = analyze(model.module, model.spec.input, settings.attention, self._run.seed)
         if not analysis.groups:
             reasons = sorted({group.reason for group in analysis.frozen})
@@ -229,7 +267,7 @@ class _Planner:
                 self._run.progress,
             )
             return goal.reach(counts_for, share)
-        cost, whole = self._cost(cut), self._whole()
+        cost, whole = self._cost(cut), self._whole
         counts = counts_for(cost, share * whole)
         if cost(counts) > 1.001 * share * whole:
             raise UnreachableError(
@@ -253,25 +291,52 @@ class _Planner:
             return self._predictor.predict(found)
         return _parameters_of(found) if self._settings.goal == "parameters" else float(macs(found))
 
+    @cached_property
     def _whole(self) -> float:
         """What the goal counts, of the reference."""
         if self._settings.goal == "parameters":
             return float(self._reference.num_parameters)
         return self._of_trace(trace(self._reference.module, self._reference.spec.input))
 
+    @cached_property
     def _chooser(self) -> BlockChooser:
         assert self._batches is not None
         module, spec = self._model.module, self._model.spec.input
-        return BlockChooser(module, spec, self._of_trace, self._batches, self._run.progress)
+        return BlockChooser(
+            module,
+            spec,
+            self._of_trace,
+            self._batches,
+            repair=self._settings.compensate,
+            progress=self._run.progress,
+        )
 
 
 def calibration(settings: Prune, model: Model, run: Run) -> Batches | None:
-    """The images that importance, sensitivity and repair look at; None where they are not needed."""
+    """The images that importance, sensitivity and repair look at; None where they are not needed.
+
+    Those that the network computes far larger values on than on the others are left out (`odd_images`).
+    """
     if not settings.needs_data:
         return None
     assert run.data is not None
     split = run.data.train if run.data.train is not None else run.data.val
-    return samples(split, model.spec.input, settings.images, seed=run.seed, device=str(run.device))
+    found = samples(split, model.spec.input, settings.images, seed=run.seed, device=str(run.device))
+    odd = odd_images(model.module, found)
+    if not bool(odd.any()):
+        return found
+    run.progress.message(
+        f"{int(odd.sum())} of {len(odd)} images reach far larger values than the others; nothing is chosen by them"
+    )
+    return usual(found, odd)
+
+
+def without_blocks(settings: Prune, model: Model, drop: DropBlocks, batches: Batches | None) -> Model:
+    """A shallow copy of `model` without these blocks; its batch norms, where `settings` repair, as they are then."""
+    small = drop.apply(light_copy(model.module)).eval()
+    if settings.compensate and batches is not None:
+        recalibrate_batch_norm(small, batches)
+    return with_module(model, small, drop)
 
 
 def _parameters_of(found: Trace) -> float:

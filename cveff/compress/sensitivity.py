@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,6 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from cveff.compress.analysis import light_copy
 from cveff.compress.batch_norm import recalibrate_batch_norm
@@ -25,6 +25,8 @@ MEMORY = 1 << 30
 """Bytes of layers' second moments held at a time; with more, the images are run again."""
 POINTS = (0.75, 0.5, 0.25)
 """Shares of a group that are left where its curve is measured; between them it is linear."""
+TRUSTED = 0.95
+"""Share of the images that say how far answers move: those they move least on."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +77,7 @@ def measured_curves(
     repair: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Curve]:
-    """Prune each group alone and see how far the network's answers move: mean KL(dense ‖ pruned) over images.
+    """Prune each group alone and see how far the network's answers move (`divergence`).
 
     Batch norms are re-estimated first, as they are when a cut is carried out. NetAdapt (Yang et al., ECCV 2018)
     measures every layer's effect the same way; we do it once, not every round.
@@ -103,6 +105,10 @@ def measured_curves(
         trials = sum(len(counts) for counts in points.values())
         number = int(np.clip(seconds / max(each * trials, 1e-9), 1, len(given)))
         dense += [F.log_softmax(module(images).float(), 1) for images, _ in given[1:number]]
+        # Batch norms estimated again move answers on their own: that is no group's cost.
+        whole = light_copy(module)
+        recalibrate_batch_norm(whole, given[:number])
+        already = divergence(whole, given[:number], dense, "nothing")
         curves = {}
         compensators: dict[str, Compensator] = {}
         parts = _in_parts(module, analysis.groups) if repair else []
@@ -118,8 +124,9 @@ def measured_curves(
                 keep = {group.name: keep_best(scores[group.name], count)}
                 source = _repaired(module, compensators[group.name], keep) if repair else module
                 small = analysis.edit(keep, source).apply(light_copy(source)).eval()
-                _recalibrate(small, given[:number])
-                losses[count] = divergence(small, given[:number], dense, group.name)
+                recalibrate_batch_norm(small, given[:number])
+                found = divergence(small, given[:number], dense, group.name)
+                losses[count] = max(found - already, 0.0)
             curves[group.name] = _curve(group, losses, round_to, min_fraction)
     return curves
 
@@ -151,16 +158,11 @@ def _in_parts(module: nn.Module, groups: Sequence[Group]) -> list[list[Group]]:
     return parts
 
 
-def _recalibrate(small: nn.Module, batches: Batches) -> None:
-    """Batch norms see the channels that are left, as they will when the cut is carried out."""
-    for norm in small.modules():
-        if isinstance(norm, _BatchNorm) and norm.running_mean is not None and norm.running_var is not None:
-            norm.running_mean, norm.running_var = norm.running_mean.clone(), norm.running_var.clone()
-    recalibrate_batch_norm(small, batches)
-
-
 def divergence(small: nn.Module, batches: Batches, dense: Sequence[torch.Tensor], name: str) -> float:
-    """Mean KL(dense ‖ small) over images, in nats.
+    """KL(dense ‖ small) in nats, at most ln(classes) an image, its mean over the images it is least on.
+
+    A network may answer a few images with logits in the hundreds, and any change changes those by as much: they would
+    drown all others. An answer that is further off than none at all counts as none.
 
     Args:
         dense: log-probabilities of the dense network for every batch.
@@ -169,16 +171,17 @@ def divergence(small: nn.Module, batches: Batches, dense: Sequence[torch.Tensor]
     Raises:
         StepError: the answers are not finite.
     """
-    total, count = 0.0, 0
+    found = []
     for (images, _), expected in zip(batches, dense, strict=True):
         answer = F.log_softmax(small(images).float(), 1)
-        total += float((expected.exp() * (expected - answer)).sum())
-        count += len(images)
-    if not np.isfinite(total):
+        found.append((expected.exp() * (expected - answer)).sum(1))
+    each = torch.cat(found)
+    if not bool(torch.isfinite(each).all()):
         raise StepError(
             f"the network's answers are not finite once part of {name} is gone; check its weights"
         )
-    return max(0.0, total / count)
+    least = each.clamp(0.0, math.log(dense[0].shape[1])).sort().values
+    return float(least[: math.ceil(TRUSTED * len(least))].mean())
 
 
 def _curve(group: Group, losses: Mapping[int, float], round_to: int, min_fraction: float) -> Curve:

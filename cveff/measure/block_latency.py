@@ -2,11 +2,16 @@
 
 A search over widths asks for thousands of blocks. `interpolate=True` measures a grid of widths only, multiples of 8 up
 to 64 and then in steps of 12%, and is linear in each width between them; on the grid it is exact.
+
+One block is measured again and again between the others: while it takes longer than it has, something else is running,
+and what was measured meanwhile is measured again.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
+import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -27,6 +32,16 @@ FINE, GROWTH = 64, 1.12
 """Up to `FINE` every multiple of 8 is on the grid; past it the next is this many times as wide, at least."""
 SAVE_EVERY = 50
 """Blocks measured between two writes of the file: what is lost when a run is stopped."""
+PROBE = Block("conv", ((1, 128, 14, 14),), weight=(128, 128, 3, 3), stride=(1, 1), padding=(1, 1))
+"""What tells whether other programs slow the machine down."""
+CALM = 1.15
+"""Times its least that `PROBE` may take."""
+EVERY = 1.0
+"""Seconds between two looks at `PROBE`."""
+AGAIN = 3
+"""How often a block is measured at most, if not calmly; its least counts."""
+BOUNDED = 3
+"""Steps of the grid that a wider block may be away for its time to bound a narrower one's."""
 
 Measure = Callable[[str, Block, int], float]
 
@@ -66,6 +81,7 @@ class BlockLatency:
         self._measure = measure
         self.path = self._table.path
         self.num_measured = 0
+        self._calm, self._looked = True, -math.inf
         self._between: dict[
             Block, float
         ] = {}  # what was interpolated: a search asks for the same blocks again
@@ -76,7 +92,8 @@ class BlockLatency:
         """Time of each block's kernels alone, without what a call of the engine costs.
 
         Args:
-            interpolate: measure only blocks whose widths lie on the grid; one that is in the table is exact anyway.
+            interpolate: measure only blocks whose widths lie on the grid, and let no block take longer than a wider one
+                near it.
 
         Returns:
             (number of blocks,) float64 milliseconds.
@@ -94,7 +111,7 @@ class BlockLatency:
             )
             return np.array(
                 [
-                    known[key] if key in known else self._between[block]
+                    self._bounded(block) if key in known else self._between[block]
                     for block, key in zip(blocks, keys, strict=True)
                 ]
             )
@@ -104,9 +121,14 @@ class BlockLatency:
     def _interpolate(self, blocks: Sequence[Block], progress: Progress) -> None:
         corners = [_corners(block) for block in blocks]
         self._fill([corner for near in corners for corner, _ in near], progress)
-        known = self._table.milliseconds
         for block, near in zip(blocks, corners, strict=True):
-            self._between[block] = sum(share * known[corner.key] for corner, share in near)
+            self._between[block] = sum(share * self._bounded(corner) for corner, share in near)
+
+    def _bounded(self, block: Block, steps: int = BOUNDED) -> float:
+        """Its time in the table, or a wider block's if that is less: what took longer was disturbed."""
+        known = self._table.milliseconds
+        wider = [other for other in _steps(block, 1) if other.key in known] if steps else []
+        return min([known[block.key], *(self._bounded(other, steps - 1) for other in wider)])
 
     def _fill(self, blocks: Iterable[Block], progress: Progress) -> None:
         known = self._table.milliseconds
@@ -115,13 +137,66 @@ class BlockLatency:
             return
         try:
             with pinned_threads(self.threads):
-                for key, block in progress.track(missing.items(), "measuring blocks", len(missing)):
-                    known[key] = float(self._measure(self.engine, block, self.threads))
+                self._look()
+                waiting: list[str] = []
+                for key in progress.track(missing, "measuring blocks", len(missing)):
+                    self._time(key, missing[key])
+                    waiting.append(key)
                     self.num_measured += 1
                     if self.num_measured % SAVE_EVERY == 0:
                         self._save()
+                    if time.monotonic() - self._looked > EVERY:
+                        self._settle([missing[name] for name in waiting])
+                        waiting = []
+                self._settle([missing[name] for name in waiting])
+                self._doubt(missing.values())
         finally:
             self._save()
+
+    def _time(self, key: str, block: Block) -> None:
+        known = self._table.milliseconds
+        now = float(self._measure(self.engine, block, self.threads))
+        known[key] = min(now, known.get(key, now))
+
+    def _settle(self, blocks: Sequence[Block]) -> None:
+        """Measure blocks again that were measured while the machine was slow."""
+        for _ in range(AGAIN - 1):
+            before = self._calm
+            self._look()
+            if before and self._calm:
+                return
+            for block in blocks:
+                self._time(block.key, block)
+
+    def _doubt(self, blocks: Iterable[Block]) -> None:
+        """Measure blocks again that took longer than wider ones: something else ran, too shortly for `PROBE`."""
+        doubtful = {block.key: block for block in blocks}
+        for _ in range(AGAIN - 1):
+            doubtful = {
+                block.key: block
+                for near in doubtful.values()
+                for block in (near, *_steps(near, -1))
+                if self._exceeds(block)
+            }
+            for key, block in doubtful.items():
+                self._time(key, block)
+
+    def _exceeds(self, block: Block) -> bool:
+        known = self._table.milliseconds
+        if block.key not in known:
+            return False
+        wider = [known[other.key] for other in _steps(block, 1) if other.key in known]
+        return bool(wider) and known[block.key] > CALM * min(wider)
+
+    def _look(self) -> None:
+        """See whether the machine is as fast as it has been; the last look holds for `EVERY` seconds."""
+        if time.monotonic() - self._looked <= EVERY:
+            return
+        now = float(self._measure(self.engine, PROBE, self.threads))
+        known = self._table.milliseconds
+        self._calm = now <= CALM * known.get(PROBE.key, now)
+        known[PROBE.key] = min(now, known.get(PROBE.key, now))
+        self._looked = time.monotonic()
 
     def _save(self) -> None:
         known = self._table.milliseconds
@@ -143,6 +218,19 @@ def grid_neighbours(width: int) -> tuple[int, int]:
         if width < high:
             return low, high
         low = high
+
+
+def _steps(block: Block, direction: int) -> list[Block]:
+    """The same block with one of its widths a step of the grid wider (1) or narrower (-1), where it is on the grid."""
+    widths = block.widths()
+    found = []
+    for index, width in enumerate(widths):
+        low, high = grid_neighbours(width)
+        if low != high or width <= STEP:
+            continue
+        other = grid_neighbours(width + direction)[1 if direction > 0 else 0]
+        found.append(block.resized((*widths[:index], other, *widths[index + 1 :])))
+    return found
 
 
 def _corners(block: Block) -> list[tuple[Block, float]]:

@@ -35,6 +35,14 @@ def test_a_goal_out_of_reach_takes_everything_that_may_go() -> None:
     assert allocate(curves, linear, 0.0) == {"a": 8, "b": 8}
 
 
+def test_a_step_looks_past_many_sizes_that_take_longer() -> None:
+    def disturbed(counts: Mapping[str, int]) -> float:
+        return counts["a"] + counts["b"] + (500.0 if 200 < counts["a"] < 512 else 0.0)
+
+    curves = {"a": curve(512, 0.001), "b": curve(512, 1.0)}
+    assert allocate(curves, disturbed, 712.0) == {"a": 200, "b": 512}
+
+
 def test_a_step_looks_past_sizes_that_save_nothing() -> None:
     def staircase(counts: Mapping[str, int]) -> float:
         return float(-(-counts["a"] // 32) * 32 + counts["b"])

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cveff.compress.batch_norm import recalibrate_batch_norm
+from cveff.compress.analysis import light_copy
+from cveff.compress.batch_norm import BATCH, recalibrate_batch_norm
 from cveff.compress.compensate import Compensator, compensate, moment_bytes
 from cveff.compress.groups import Group, Member
 from cveff.compress.trace import trace
@@ -224,11 +225,27 @@ def test_recalibrated_statistics_are_those_of_the_images(convnet, images) -> Non
         seen = module.conv1(pixels).transpose(0, 1).flatten(1)
     assert recalibrate_batch_norm(module, images) == 1
     torch.testing.assert_close(module.bn.running_mean, seen.mean(1), rtol=1e-5, atol=1e-6)
-    per_batch = torch.stack(
-        [part.transpose(0, 1).flatten(1).var(1) for part in module.conv1(pixels).split(8)]
-    )
-    torch.testing.assert_close(module.bn.running_var, per_batch.mean(0).detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(module.bn.running_var, seen.var(1), rtol=1e-5, atol=1e-6)
     assert module.bn.momentum == 0.1 and not module.bn.training
+
+
+def test_statistics_are_of_large_batches_however_images_come(convnet) -> None:
+    """Where a norm sees one position an image, batches of 8 would normalise otherwise than their averages do."""
+    pixels = torch.randn(300, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    expected, found = convnet().module, convnet().module
+    recalibrate_batch_norm(expected, [(part, None) for part in pixels.tensor_split(300 // BATCH)])
+    recalibrate_batch_norm(found, [(part, None) for part in pixels.split(8)])
+    for name, value in expected.state_dict().items():
+        assert torch.equal(found.state_dict()[name], value), name
+
+
+def test_statistics_of_a_shallow_copy_are_its_own(convnet, images) -> None:
+    module = convnet().module
+    before = copy.deepcopy(module.state_dict())
+    small = light_copy(module)
+    recalibrate_batch_norm(small, images)
+    assert not torch.equal(small.bn.running_mean, before["bn.running_mean"])
+    assert all(torch.equal(module.state_dict()[name], value) for name, value in before.items())
 
 
 def test_recalibration_repairs_a_pruned_network(digits_model, digits_groups, digits_batches) -> None:
@@ -255,7 +272,7 @@ def test_recalibration_that_fails_keeps_the_old_statistics(convnet, images) -> N
     before = copy.deepcopy(module.state_dict())
     with pytest.raises(StepError, match="no images"):
         recalibrate_batch_norm(module, [])
-    with pytest.raises(StepError, match=r"1 image\(s\), too few"):
+    with pytest.raises(StepError, match=r"1 image\(s\) are too few"):
         recalibrate_batch_norm(module, [(torch.randn(1, 3, 1, 1), None)])
     with torch.no_grad():
         module.conv1.weight[0] = float("inf")

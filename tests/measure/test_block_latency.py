@@ -11,11 +11,11 @@ import onnx
 import pytest
 
 from cveff.errors import CveffError, EngineError
-from cveff.measure import block_engines, kernel_profile
+from cveff.measure import block_engines, block_latency, kernel_profile
 from cveff.measure.block import Block
 from cveff.measure.block_engines import measure_block
 from cveff.measure.block_graph import UNARY, block_model
-from cveff.measure.block_latency import BlockLatency, grid_neighbours
+from cveff.measure.block_latency import PROBE, BlockLatency, grid_neighbours
 from cveff.measure.kernel_profile import Kernel, profile, profile_overhead, tiny_chain
 from cveff.measure.threads import usable_cores
 
@@ -129,6 +129,8 @@ def test_a_block_is_measured_once_and_then_read_from_the_file(tmp_path: Path) ->
     asked = []
 
     def counted(engine: str, block: Block, threads: int) -> float:
+        if block == PROBE:
+            return 1.0
         asked.append((engine, block.key, threads))
         return float(len(asked))
 
@@ -143,6 +145,52 @@ def test_a_block_is_measured_once_and_then_read_from_the_file(tmp_path: Path) ->
     other = BlockLatency("onnxruntime", 2, tmp_path, measure=counted)  # other threads, other times
     assert other.milliseconds(blocks[:1]).tolist() == [3]
     assert [path.suffix for path in tmp_path.iterdir()] == [".json"] * 2
+
+
+def test_blocks_are_measured_again_while_the_machine_is_slow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(block_latency, "EVERY", -1.0)  # look after every block
+    slow = iter([1, 1, 3, 3, 1, 1])  # what other programs do to each look: at the start, and behind each time
+    now = [1]
+
+    def slowed(engine: str, block: Block, threads: int) -> float:
+        if block == PROBE:
+            now[0] = next(slow, 1)
+        return now[0] * (5.0 if block == PROBE else volume(engine, block, threads))
+
+    table = BlockLatency("onnxruntime", 1, tmp_path, measure=slowed)
+    blocks = [BLOCKS["conv"], BLOCKS["linear"]]
+    assert table.milliseconds(blocks).tolist() == [volume("", block, 1) for block in blocks]
+    assert table.num_measured == 2
+    assert next(slow, None) is None, "it looked until the machine was as fast as before"
+
+
+def test_a_block_that_takes_longer_than_a_wider_one_is_measured_again(tmp_path: Path) -> None:
+    asked: list[str] = []
+
+    def disturbed(engine: str, block: Block, threads: int) -> float:
+        asked.append(block.key)
+        first = asked.count(block.key) == 1
+        return volume(engine, block, threads) * (2 if first and block.widths() == (16, 24) else 1)
+
+    narrow, wide = (BLOCKS["linear"].resized(widths) for widths in ((16, 24), (16, 32)))
+    table = BlockLatency("onnxruntime", 1, tmp_path, measure=disturbed)
+    assert table.milliseconds([narrow, wide]).tolist() == [volume("", block, 1) for block in (narrow, wide)]
+    assert (asked.count(narrow.key), asked.count(wide.key)) == (2, 1)
+
+
+def test_no_block_is_predicted_slower_than_a_wider_one(tmp_path: Path) -> None:
+    def disturbed(engine: str, block: Block, threads: int) -> float:
+        return volume(engine, block, threads) * (9 if block.widths() == (16, 24) else 1)
+
+    narrow, wide, wider = (BLOCKS["linear"].resized((16, width)) for width in (24, 32, 40))
+    table = BlockLatency("onnxruntime", 1, tmp_path, measure=disturbed)
+    expected = table.milliseconds([wider, wide], interpolate=True)
+    assert table.milliseconds([narrow], interpolate=True)[0] == expected[1] < expected[0]
+    assert table.milliseconds([narrow])[0] == 9 * volume("", narrow, 1), (
+        "as measured, where that is asked for"
+    )
 
 
 def test_two_processes_keep_each_others_blocks(tmp_path: Path) -> None:

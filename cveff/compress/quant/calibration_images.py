@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, fx
 
+from cveff.compress.odd_images import Reaches, usual
 from cveff.compress.quant.error import logits, relative_error
-from cveff.compress.quant.odd_images import without
+from cveff.compress.quant.layers import Observe, find_layers
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +38,33 @@ class CalibrationImages:
     def without(self, odd: Tensor) -> CalibrationImages:
         """Less those that `odd`, (images,) bool, marks; where that is all that are held, they stay."""
         first, second = odd.split([sum(map(len, self.seen)), sum(map(len, self.held))])
-        seen = without(self.seen, first) or self.seen
+        seen = _usual(self.seen, first) or self.seen
         if bool(second.all()):
             return CalibrationImages(seen, self.held, self.expected)
-        return CalibrationImages(seen, without(self.held, second), self.expected[~second])
+        return CalibrationImages(seen, _usual(self.held, second), self.expected[~second])
+
+
+def _usual(batches: Sequence[Tensor], odd: Tensor) -> list[Tensor]:
+    return [images for images, _ in usual([(images, None) for images in batches], odd)]
+
+
+def odd_images(exact: fx.GraphModule, batches: Sequence[Tensor]) -> Tensor:
+    """Which images take the inputs of many layers far past what others do.
+
+    Args:
+        exact: the network, not rounded.
+        batches: images (B, C, H, W), normalised.
+
+    Returns:
+        (images,) bool.
+    """
+    names = {layer.node: layer.name for layer in find_layers(exact)}
+    reaches = Reaches([len(images) for images in batches])
+    for index, images in enumerate(batches):
+
+        def look(node: fx.Node, x: Tensor, _: Tensor, index: int = index) -> None:
+            reaches.look(names[node], x, index)
+
+        with torch.no_grad():
+            Observe(exact, names, look).run(images)
+    return reaches.odd()

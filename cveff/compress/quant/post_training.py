@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from cveff.compress.quant.adaround import reconstruct
-from cveff.compress.quant.calibration_images import CalibrationImages
+from cveff.compress.quant.calibration_images import CalibrationImages, odd_images
 from cveff.compress.quant.capture import capture, constant, identify
 from cveff.compress.quant.channel_groups import ChannelGroup, channel_groups
 from cveff.compress.quant.checks import check_images, check_parameters, first_not_finite
@@ -25,7 +25,6 @@ from cveff.compress.quant.error import logits
 from cveff.compress.quant.fake_quant import Grid
 from cveff.compress.quant.layers import find_layers
 from cveff.compress.quant.network import QuantizedGraph, Roundings, insert
-from cveff.compress.quant.odd_images import odd_images
 from cveff.compress.quant.placement import Placement, Scheme, place
 from cveff.compress.quant.ranges import Method, Watch, rounding_off, weight_range
 from cveff.compress.quant.reestimate import Correction, reestimate

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from cveff.compress.odd_images import FEWEST
+from cveff.compress.quant.calibration_images import odd_images
 from cveff.compress.quant.capture import capture
 from cveff.compress.quant.error import relative_error
-from cveff.compress.quant.odd_images import FEWEST, odd_images, without
 from cveff.compress.quant.post_training import PostTraining, Quantized
 from cveff.progress import Silent
 from cveff.runtime.input_spec import InputSpec
@@ -45,14 +46,6 @@ def test_images_that_reach_far_past_the_others_are_found() -> None:
     )
     assert not odd_images(exact, images(100, tuple(range(20))).split(32)).any(), "a fifth of them is usual"
     assert not odd_images(exact, images(FEWEST - 1, (3,)).split(8)).any(), "too few to tell"
-
-
-def test_without_keeps_the_order_and_drops_empty_batches() -> None:
-    batches = list(images(6).split(2))
-    mask = torch.tensor([False, True, True, True, False, False])
-    kept = without(batches, mask)
-    assert [len(part) for part in kept] == [1, 2]
-    assert torch.equal(torch.cat(kept), images(6)[[0, 4, 5]])
 
 
 def test_ranges_are_those_of_the_other_images() -> None:
