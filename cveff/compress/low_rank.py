@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,10 +21,13 @@ from cveff.compress.low_rank_calibration import Batches, collect, sensitivities
 from cveff.compress.low_rank_layers import find_layers
 from cveff.compress.low_rank_options import Cost, LayerOptions, layer_options
 from cveff.compress.low_rank_search import Search, report
+from cveff.compress.odd_images import odd_images
+from cveff.data.dataset import Split
 from cveff.data.sampling import calibration_indices
 from cveff.errors import StepError
 from cveff.model import Model
 from cveff.runtime.engines import ENGINES
+from cveff.runtime.input_spec import InputSpec
 from cveff.steps import Run
 
 Method = Literal["svd", "spatial-vertical", "spatial-horizontal", "tucker"]
@@ -184,15 +188,23 @@ class LowRank:
                 f"split {split.name!r} of {run.data.name} is empty; low_rank needs images to fit on"
             )
         split = split.subset(calibration_indices(split, self.images, run.seed), "calibration")
-        spec, like = model.spec.input, next(model.module.parameters())
-        mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (spec.mean, spec.std))
+        like = next(model.module.parameters())
+        odd = odd_images(model.module, [(images, None) for images in _walk(split, model.spec.input, like)])
+        if bool(odd.any()):
+            run.progress.message(
+                f"low rank: {int(odd.sum())} of {len(odd)} images reach far larger values than the others; nothing is "
+                "fitted to them"
+            )
+            split = split.subset(np.flatnonzero(~odd.numpy()), "calibration")
+        return partial(_walk, split, model.spec.input, like), len(split)
 
-        def batches() -> Iterator[Tensor]:
-            for images, _ in split.evaluation_batches(spec, batch_size=BATCH):
-                pixels = torch.tensor(images).permute(0, 3, 1, 2).float()
-                yield ((pixels / 255 - mean) / std).to(run.device, like.dtype)
 
-        return batches, len(split)
+def _walk(split: Split, spec: InputSpec, like: Tensor) -> Iterator[Tensor]:
+    """Images (B, C, H, W) of a split, normalised, of the type and on the device of `like`."""
+    mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (spec.mean, spec.std))
+    for images, _ in split.evaluation_batches(spec, batch_size=BATCH):
+        pixels = torch.tensor(images).permute(0, 3, 1, 2).float()
+        yield ((pixels / 255 - mean) / std).to(like)
 
 
 def measured_cost(engine: str, threads: int) -> Cost:

@@ -161,6 +161,23 @@ def test_the_goal_is_met_where_the_table_is_wrong_by_a_factor(digits: Data) -> N
         assert 0.65 <= times["found"] / times["dense"] <= 0.75 * 1.02
 
 
+def test_nothing_is_fitted_to_odd_images(digits: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    mark = torch.zeros(64, dtype=torch.bool)
+    mark[[3, 50]] = True
+    monkeypatch.setattr(low_rank, "odd_images", lambda module, batches: mark)
+    counts = []
+
+    def counted(module, paths, batches, count, seed):
+        counts.append((count, sum(len(images) for images in batches())))
+        return collect(module, paths, batches, count, seed)
+
+    monkeypatch.setattr(low_rank, "collect", counted)
+    notes = Notes()
+    cveff.apply(resnet(), LowRank(energy=0.3, images=64), data=digits, progress=notes)
+    assert counts == [(62, 62)]
+    assert notes.lines[0].startswith("low rank: 2 of 64 images reach far larger values than the others")
+
+
 def test_whitening_answers_closer_to_the_dense_network(digits: Data) -> None:
     model = create("vit_tiny_patch16_224", depth=2)
     run = Run(data=digits, timer=MacsTimer())
