@@ -21,12 +21,12 @@ class Windows(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.embed = nn.Conv2d(1, 8, 2, 2)
-        self.inside, self.head = nn.Linear(8, 8), nn.Linear(8, 5)
+        self.twice, self.once, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 5)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.embed(x)  # (N, 8, 4, 4)
         x = x.reshape(-1, 8, 2, 2, 2, 2).permute(0, 2, 4, 3, 5, 1).reshape(-1, 4, 8)
-        x = self.inside(self.inside(x).relu())
+        x = self.once(self.twice(self.twice(x).relu()))
         return self.head(x.reshape(-1, 16, 8).mean(1))
 
 
