@@ -224,6 +224,28 @@ def weight_only(values: Values) -> str:
     return text
 
 
+def repairs(values: Values) -> str:
+    """Each repair of 8-bit rounding by itself: points lost (without labels, answers changed), and the error."""
+    networks = values["networks"]
+    header = ["changed"]
+    for name, network in networks.items():
+        has_labels = any("points_lost" in row for row in network.values())
+        header += [f"{name}: {'points lost' if has_labels else '% of answers changed'}", "error"]
+    names = dict.fromkeys(repair for network in networks.values() for repair in network)
+    rows = []
+    for repair in names:
+        cells = []
+        for network in networks.values():
+            found = network.get(repair)
+            if found is None:
+                cells += ["–", "–"]
+                continue
+            lost = found.get("points_lost", 100 * (1 - found["agreement"]))
+            cells += [f"{lost:+.2f}", f"{found['error']:.5f}"]
+        rows.append([repair, *cells])
+    return markdown(header, rows)
+
+
 TABLES: dict[str, Callable[[Values], str]] = {
     make.__name__: make
     for make in (
@@ -235,5 +257,6 @@ TABLES: dict[str, Callable[[Values], str]] = {
         distill,
         sparsity,
         weight_only,
+        repairs,
     )
 }
