@@ -65,7 +65,7 @@ def recalibrate_batch_norm(module: nn.Module, batches: Batches) -> int:
 
 
 def _large(batches: Batches) -> tuple[torch.Tensor, ...]:
-    """The same images in batches of one size, `BATCH` or up to twice that; one batch where there are fewer."""
+    """The same images in even batches of `BATCH` or up to twice that; one batch where there are fewer."""
     images = torch.cat([part for part, _ in batches])
     return images.tensor_split(max(1, len(images) // BATCH))
 

@@ -21,7 +21,7 @@ from cveff.compress.low_rank_calibration import Batches, collect, sensitivities
 from cveff.compress.low_rank_layers import find_layers
 from cveff.compress.low_rank_options import Cost, LayerOptions, layer_options
 from cveff.compress.low_rank_search import Search, report
-from cveff.compress.odd_images import odd_images
+from cveff.compress.odd_images import odd_images, told
 from cveff.data.dataset import Split
 from cveff.data.sampling import calibration_indices
 from cveff.errors import StepError
@@ -191,10 +191,7 @@ class LowRank:
         like = next(model.module.parameters())
         odd = odd_images(model.module, [(images, None) for images in _walk(split, model.spec.input, like)])
         if bool(odd.any()):
-            run.progress.message(
-                f"low rank: {int(odd.sum())} of {len(odd)} images reach far larger values than the others; nothing is "
-                "fitted to them"
-            )
+            run.progress.message(f"low rank: {told(odd)}; nothing is fitted to them")
             split = split.subset(np.flatnonzero(~odd.numpy()), "calibration")
         return partial(_walk, split, model.spec.input, like), len(split)
 

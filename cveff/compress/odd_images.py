@@ -38,7 +38,9 @@ class Reaches:
         self._seen: dict[str, Tensor] = {}
 
     def look(self, name: str, x: Tensor, batch: int) -> None:
-        """Layer `name` is handed `x`, whose first dimension is the batch's images, or several windows of each."""
+        """Layer `name` is handed `x`, whose first dimension is the batch's images, or several windows of each; anything
+        else, as a table of positions, tells nothing of an image and is passed over.
+        """
         number = self._splits[batch]
         if x.ndim == 0 or x.shape[0] % number or not x.is_floating_point():
             return
@@ -80,6 +82,11 @@ def odd_images(module: nn.Module, batches: Batches) -> Tensor:
 
 def _look(reaches: Reaches, name: str, batch: int, part: nn.Module, given: tuple[Any, ...]) -> None:
     reaches.look(name, given[0], batch)
+
+
+def told(odd: Tensor) -> str:
+    """How many images `odd`, (images,) bool, marks, in words."""
+    return f"{int(odd.sum())} of {len(odd)} images reach far larger values than the others"
 
 
 def usual(batches: Batches, odd: Tensor) -> list[tuple[Tensor, Tensor | None]]:

@@ -20,7 +20,7 @@ from cveff.compress.groups import Analysis
 from cveff.compress.importance import score
 from cveff.compress.latency_goal import LatencyGoal
 from cveff.compress.latency_model import LatencyModel
-from cveff.compress.odd_images import odd_images, usual
+from cveff.compress.odd_images import odd_images, told, usual
 from cveff.compress.samples import Batches, samples
 from cveff.compress.scopes import keep_best, select
 from cveff.compress.sensitivity import Cost, Curve, measured_curves, summed_curves
@@ -325,9 +325,7 @@ def calibration(settings: Prune, model: Model, run: Run) -> Batches | None:
     odd = odd_images(model.module, found)
     if not bool(odd.any()):
         return found
-    run.progress.message(
-        f"{int(odd.sum())} of {len(odd)} images reach far larger values than the others; nothing is chosen by them"
-    )
+    run.progress.message(f"{told(odd)}; nothing is chosen by them")
     return usual(found, odd)
 
 

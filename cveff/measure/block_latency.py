@@ -125,7 +125,7 @@ class BlockLatency:
             self._between[block] = sum(share * self._bounded(corner) for corner, share in near)
 
     def _bounded(self, block: Block, steps: int = BOUNDED) -> float:
-        """Its time in the table, or a wider block's if that is less: what took longer was disturbed."""
+        """Its time in the table, or a wider block's if that is less: what took longer was probably disturbed."""
         known = self._table.milliseconds
         wider = [other for other in _steps(block, 1) if other.key in known] if steps else []
         return min([known[block.key], *(self._bounded(other, steps - 1) for other in wider)])
