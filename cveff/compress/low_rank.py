@@ -22,6 +22,7 @@ from cveff.compress.low_rank_layers import find_layers
 from cveff.compress.low_rank_options import Cost, LayerOptions, layer_options
 from cveff.compress.low_rank_search import Search, report
 from cveff.compress.odd_images import odd_images, told
+from cveff.data.augment import normalize
 from cveff.data.dataset import Split
 from cveff.data.sampling import calibration_indices
 from cveff.errors import StepError
@@ -198,10 +199,8 @@ class LowRank:
 
 def _walk(split: Split, spec: InputSpec, like: Tensor) -> Iterator[Tensor]:
     """Images (B, C, H, W) of a split, normalised, of the type and on the device of `like`."""
-    mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (spec.mean, spec.std))
     for images, _ in split.evaluation_batches(spec, batch_size=BATCH):
-        pixels = torch.tensor(images).permute(0, 3, 1, 2).float()
-        yield ((pixels / 255 - mean) / std).to(like)
+        yield normalize(images, spec).to(like)
 
 
 def measured_cost(engine: str, threads: int) -> Cost:
