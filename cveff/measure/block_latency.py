@@ -1,7 +1,8 @@
 """`BlockLatency`: how long blocks take on a device, measured once on its engine and remembered.
 
 A search over widths asks for thousands of blocks. `interpolate=True` measures a grid of widths only, multiples of 8 up
-to 64 and then in steps of 12%, and is linear in each width between them; on the grid it is exact.
+to 64 and then in steps of 12%, and is linear in each width between them, and lets no block take
+longer than one that is a little wider.
 
 One block is measured again and again between the others: while it takes longer than it has, something else is running,
 and what was measured meanwhile is measured again.
@@ -35,7 +36,7 @@ SAVE_EVERY = 50
 PROBE = Block("conv", ((1, 128, 14, 14),), weight=(128, 128, 3, 3), stride=(1, 1), padding=(1, 1))
 """What tells whether other programs slow the machine down."""
 CALM = 1.15
-"""Times its least that `PROBE` may take."""
+"""Times its least that `PROBE` may take, and times a wider block's that a block may."""
 EVERY = 1.0
 """Seconds between two looks at `PROBE`."""
 AGAIN = 3
