@@ -55,11 +55,11 @@ def _dense(architecture: str, train: Train, arguments: dict[str, Any] | None = N
 
 MODELS = {
     # Depthwise convolutions train faster in float32 than in bfloat16 on processors that have both.
-    "mobile": _dense("mobilenetv4_conv_small", adamw(20, 2e-3, "fp32")),
-    "resnet": _dense("resnet18", adamw(10, 2e-3, "auto"), {"channels": [32, 64, 128, 256]}),
+    "mobile": _dense("mobilenetv4_conv_small", adamw(8, 2e-3, "fp32")),
+    "resnet": _dense("resnet18", adamw(6, 2e-3, "auto"), {"channels": [32, 64, 128, 256]}),
     "vit": _dense(
         "vit_tiny_patch16_224",
-        adamw(16, 1e-3, "fp32"),
+        adamw(12, 1e-3, "fp32"),
         {"patch_size": 16, "depth": 6, "embed_dim": 128, "num_heads": 4},
     ),
 }

@@ -3,15 +3,17 @@
 Three networks trained here, three seeds. Every tool brings the exported float32 file to half the dense file's time on
 ONNX Runtime: cveff by channels and whole blocks (`depth=True`: deep layers of a few pixels take their time however few
 channels they have), torch-pruning, which has no blocks, by bisecting its ratio against the same measurement. Then
-everyone trains for the same number of epochs with the same optimizer: torch-pruning with labels, as it is documented,
-and again with our distillation, so that what pruning brings is told from what the teacher brings. Choices are made on
-5,000 images of the training set; figures are of the 10,000 test images.
+everyone trains for the same number of epochs with the same optimizer: cveff taught by the dense network, as is its
+default, torch-pruning with labels, as it is documented. `--explain` adds the peer with our distillation and ours with
+labels, so that what pruning brings is told from what the teacher brings. Choices are made on 5,000 images of the
+training set; figures are of the 10,000 test images.
 
-Training, whose time nobody measures, runs in two processes of one thread each; pruning measures times, alone. On two
-cores it is some hours in all.
+Training, whose time nobody measures, runs in two processes of one thread each; pruning measures times, alone. Seeds
+are done one after the other, each to its end. On two cores a seed takes one to three hours.
 
 python tools/benchmarks/prune_quality.py                        # all; stopped at any moment it goes on where it was
 python tools/benchmarks/prune_quality.py --only mobile --seeds 0
+python tools/benchmarks/prune_quality.py --explain              # which part of it is the teacher's
 python tools/benchmarks/prune_quality.py --until pruned         # what needs a quiet machine, and no more
 python tools/benchmarks/prune_quality.py --quick                # one epoch of everything: that it works
 """
@@ -77,16 +79,21 @@ def main() -> None:
         fresh=arguments.fresh,
     )
     rows = results.values.setdefault("rows", {})
-    names = [(network, seed) for seed in arguments.seeds for network in arguments.only]
-    with _pool(arguments) as pool:
-        for done in [pool.submit(_dense, *name, arguments.models, arguments.epochs) for name in names]:
-            done.result()
-    if arguments.until != "dense":
-        _prune_all(names, rows, arguments, results)
-    if arguments.until is None:
-        _recover_all(names, rows, arguments, results)
-        _time_all(names, rows, arguments, results)
-    results.values["summary"] = _summary(rows, results.values.get("times", {}))
+    times = results.values.setdefault("times", {})
+    for seed in arguments.seeds:
+        names = [(name, seed) for name in arguments.only if f"{name}-{seed}" not in times]
+        with _pool(arguments) as pool:
+            for done in [pool.submit(_dense, *name, arguments.models, arguments.epochs) for name in names]:
+                done.result()
+        if arguments.until != "dense":
+            _prune_all(names, rows, arguments, results)
+        if arguments.until is None:
+            kinds = [(OURS, "distilled"), *((peer, "labels") for peer in PEERS)]
+            _train([Recovery(*name, *kind) for name in names for kind in kinds], rows, arguments, results)
+            _time_all(names, rows, arguments, results)
+    if arguments.explain:
+        _explain(rows, arguments, results)
+    results.values["summary"] = _summary(rows, times)
     results.save()
     _print(results.values)
 
@@ -149,20 +156,13 @@ def _prune_all(
             results.save()
 
 
-def _recover_all(
-    names: Sequence[tuple[str, int]],
-    rows: dict[str, Any],
-    arguments: argparse.Namespace,
-    results: common.Results,
-) -> None:
-    """Train what was pruned, several at a time: first what the bar is about, then what tells why."""
-    kinds = [(OURS, "distilled"), *((peer, "labels") for peer in PEERS)]
-    _train([Recovery(*name, *kind) for name in names for kind in kinds], rows, arguments, results)
+def _explain(rows: dict[str, Any], arguments: argparse.Namespace, results: common.Results) -> None:
+    """Tell what pruning brings from what the teacher brings: the peer with our distillation, ours without it."""
+    names = [(name, seed) for seed in arguments.seeds for name in arguments.only]
     # The teacher is worth as much to the peer: its better criterion, by the images choices are made on.
     better = [max(PEERS, key=lambda peer: rows[f"{n}-{s}"][f"{peer}, labels"]["val"]) for n, s in names]
-    again = [Recovery(*name, peer, "distilled") for name, peer in zip(names, better, strict=True)]
-    _train(again, rows, arguments, results)
-    _train([Recovery(*name, OURS, "labels") for name in names], rows, arguments, results)
+    tasks = [Recovery(*name, peer, "distilled") for name, peer in zip(names, better, strict=True)]
+    _train([*tasks, *(Recovery(*name, OURS, "labels") for name in names)], rows, arguments, results)
 
 
 def _train(
@@ -228,11 +228,9 @@ def _time_all(
 ) -> None:
     """Time every network's pruned files in turns with its dense one once more: one measurement for all of them."""
     data = cveff.data.load("fashion-mnist", seed=0)
-    times = results.values.setdefault("times", {})
+    times = results.values["times"]
     for network, seed in names:
         name = f"{network}-{seed}"
-        if name in times:
-            continue
         dense = cveff.load(arguments.models / name)
         models = {"dense": dense, OURS: cveff.load(_pruned_folder(arguments.models, network, seed))}
         for peer, criterion in PEERS.items():
@@ -324,6 +322,7 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=2, help="trainings at a time")
+    parser.add_argument("--explain", action="store_true", help="also train each tool the other's way")
     parser.add_argument("--until", choices=("dense", "pruned"), help="stop after this stage")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--fresh", action="store_true")
