@@ -10,9 +10,7 @@ and what was measured meanwhile is measured again.
 
 from __future__ import annotations
 
-import itertools
 import math
-import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -21,24 +19,20 @@ import numpy as np
 from cveff.errors import CveffError
 from cveff.measure.block import Block
 from cveff.measure.block_engines import engine_version, measure_block
+from cveff.measure.block_grid import corners, steps
 from cveff.measure.block_table import BlockTable
+from cveff.measure.calm import Calm
 from cveff.measure.threads import pinned_threads, usable_cores
 from cveff.progress import Progress, Silent
 
-__all__ = ["Block", "BlockLatency", "grid_neighbours"]
+__all__ = ["Block", "BlockLatency"]
 
-STEP = 8
-"""Grid and engines' vectors: widths between multiples of 8 are padded to one."""
-FINE, GROWTH = 64, 1.12
-"""Up to `FINE` every multiple of 8 is on the grid; past it the next is this many times as wide, at least."""
 SAVE_EVERY = 50
 """Blocks measured between two writes of the file: what is lost when a run is stopped."""
 PROBE = Block("conv", ((1, 128, 14, 14),), weight=(128, 128, 3, 3), stride=(1, 1), padding=(1, 1))
 """What tells whether other programs slow the machine down."""
-CALM = 1.15
-"""Times its least that `PROBE` may take, and times a wider block's that a block may."""
-EVERY = 1.0
-"""Seconds between two looks at `PROBE`."""
+DOUBTFUL = 1.15
+"""Times a wider block's time that a block may take."""
 AGAIN = 3
 """How often a block is measured at most, if not calmly; its least counts."""
 BOUNDED = 3
@@ -82,7 +76,10 @@ class BlockLatency:
         self._measure = measure
         self.path = self._table.path
         self.num_measured = 0
-        self._calm, self._looked = True, -math.inf
+        known = self._table.milliseconds
+        self._calm = Calm(
+            lambda: float(measure(self.engine, PROBE, self.threads)), known.get(PROBE.key, math.inf)
+        )
         self._between: dict[
             Block, float
         ] = {}  # what was interpolated: a search asks for the same blocks again
@@ -120,54 +117,60 @@ class BlockLatency:
         return np.array([known[key] for key in keys])
 
     def _interpolate(self, blocks: Sequence[Block], progress: Progress) -> None:
-        corners = [_corners(block) for block in blocks]
-        self._fill([corner for near in corners for corner, _ in near], progress)
-        for block, near in zip(blocks, corners, strict=True):
+        around = [corners(block) for block in blocks]
+        self._fill([corner for near in around for corner, _ in near], progress)
+        for block, near in zip(blocks, around, strict=True):
             self._between[block] = sum(share * self._bounded(corner) for corner, share in near)
 
-    def _bounded(self, block: Block, steps: int = BOUNDED) -> float:
+    def _bounded(self, block: Block, reach: int = BOUNDED) -> float:
         """Its time in the table, or a wider block's if that is less: what took longer was probably disturbed."""
         known = self._table.milliseconds
-        wider = [other for other in _steps(block, 1) if other.key in known] if steps else []
-        return min([known[block.key], *(self._bounded(other, steps - 1) for other in wider)])
+        wider = [other for other in steps(block, 1) if other.key in known] if reach else []
+        return min([known[block.key], *(self._bounded(other, reach - 1) for other in wider)])
 
     def _fill(self, blocks: Iterable[Block], progress: Progress) -> None:
         known = self._table.milliseconds
         missing = {block.key: block for block in blocks if block.key not in known}
         if not missing:
             return
+        restless = 0
         try:
             with pinned_threads(self.threads):
                 self._look()
-                waiting: list[str] = []
+                waiting: list[Block] = []
                 for key in progress.track(missing, "measuring blocks", len(missing)):
                     self._time(key, missing[key])
-                    waiting.append(key)
+                    waiting.append(missing[key])
                     self.num_measured += 1
                     if self.num_measured % SAVE_EVERY == 0:
                         self._save()
-                    if time.monotonic() - self._looked > EVERY:
-                        self._settle([missing[name] for name in waiting])
+                    if self._calm.is_due:
+                        restless += 0 if self._settle(waiting) else len(waiting)
                         waiting = []
-                self._settle([missing[name] for name in waiting])
+                restless += 0 if self._settle(waiting) else len(waiting)
                 self._doubt(missing.values())
         finally:
             self._save()
+        if restless:
+            progress.message(
+                f"{restless} of {len(missing)} blocks were measured while other programs slowed the machine down; "
+                f"the least of their {AGAIN} times counts. They are kept in {self.path}: delete it to measure again"
+            )
 
     def _time(self, key: str, block: Block) -> None:
         known = self._table.milliseconds
         now = float(self._measure(self.engine, block, self.threads))
         known[key] = min(now, known.get(key, now))
 
-    def _settle(self, blocks: Sequence[Block]) -> None:
-        """Measure blocks again that were measured while the machine was slow."""
+    def _settle(self, blocks: Sequence[Block]) -> bool:
+        """Measure blocks again that were measured while the machine was slow; whether it came to rest."""
         for _ in range(AGAIN - 1):
-            before = self._calm
-            self._look()
-            if before and self._calm:
-                return
+            before = self._calm.now
+            if self._look() and before:
+                return True
             for block in blocks:
                 self._time(block.key, block)
+        return self._look()
 
     def _doubt(self, blocks: Iterable[Block]) -> None:
         """Measure blocks again that took longer than wider ones: something else ran, too shortly for `PROBE`."""
@@ -176,7 +179,7 @@ class BlockLatency:
             doubtful = {
                 block.key: block
                 for near in doubtful.values()
-                for block in (near, *_steps(near, -1))
+                for block in (near, *steps(near, -1))
                 if self._exceeds(block)
             }
             for key, block in doubtful.items():
@@ -186,18 +189,14 @@ class BlockLatency:
         known = self._table.milliseconds
         if block.key not in known:
             return False
-        wider = [known[other.key] for other in _steps(block, 1) if other.key in known]
-        return bool(wider) and known[block.key] > CALM * min(wider)
+        wider = [known[other.key] for other in steps(block, 1) if other.key in known]
+        return bool(wider) and known[block.key] > DOUBTFUL * min(wider)
 
-    def _look(self) -> None:
-        """See whether the machine is as fast as it has been; the last look holds for `EVERY` seconds."""
-        if time.monotonic() - self._looked <= EVERY:
-            return
-        now = float(self._measure(self.engine, PROBE, self.threads))
+    def _look(self) -> bool:
+        calm = self._calm.look()
         known = self._table.milliseconds
-        self._calm = now <= CALM * known.get(PROBE.key, now)
-        known[PROBE.key] = min(now, known.get(PROBE.key, now))
-        self._looked = time.monotonic()
+        known[PROBE.key] = min(self._calm.least, known.get(PROBE.key, math.inf))
+        return calm
 
     def _save(self) -> None:
         known = self._table.milliseconds
@@ -205,44 +204,3 @@ class BlockLatency:
         # Others' blocks came in; this table stays the object that callers hold.
         known.update(self._table.milliseconds)
         self._table.milliseconds = known
-
-
-def grid_neighbours(width: int) -> tuple[int, int]:
-    """The widths of the grid on either side of `width`: equal where it is on the grid (as 1 to 8 are)."""
-    if width <= STEP:
-        return width, width
-    low = STEP
-    while True:
-        high = low + STEP if low < FINE else -(-int(low * GROWTH + 0.5) // STEP) * STEP
-        if width == high:
-            return high, high
-        if width < high:
-            return low, high
-        low = high
-
-
-def _steps(block: Block, direction: int) -> list[Block]:
-    """The same block with one of its widths a step of the grid wider (1) or narrower (-1), where it is on the grid."""
-    widths = block.widths()
-    found = []
-    for index, width in enumerate(widths):
-        low, high = grid_neighbours(width)
-        if low != high or width <= STEP:
-            continue
-        other = grid_neighbours(width + direction)[1 if direction > 0 else 0]
-        found.append(block.resized((*widths[:index], other, *widths[index + 1 :])))
-    return found
-
-
-def _corners(block: Block) -> list[tuple[Block, float]]:
-    """Blocks on the grid around `block`, and the share of each: linear in every width."""
-    widths = block.widths()
-    sides: list[list[tuple[int, float]]] = []
-    for width in widths:
-        low, high = grid_neighbours(width)
-        along = 0.0 if low == high else (width - low) / (high - low)
-        sides.append([(low, 1.0)] if low == high else [(low, 1 - along), (high, along)])
-    return [
-        (block.resized(tuple(width for width, _ in corner)), float(np.prod([share for _, share in corner])))
-        for corner in itertools.product(*sides)
-    ]

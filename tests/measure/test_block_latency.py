@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 from pathlib import Path
@@ -11,13 +12,15 @@ import onnx
 import pytest
 
 from cveff.errors import CveffError, EngineError
-from cveff.measure import block_engines, block_latency, kernel_profile
+from cveff.measure import block_engines, calm, kernel_profile
 from cveff.measure.block import Block
 from cveff.measure.block_engines import measure_block
 from cveff.measure.block_graph import UNARY, block_model
-from cveff.measure.block_latency import PROBE, BlockLatency, grid_neighbours
+from cveff.measure.block_grid import grid_neighbours
+from cveff.measure.block_latency import PROBE, BlockLatency
 from cveff.measure.kernel_profile import Kernel, profile, profile_overhead, tiny_chain
 from cveff.measure.threads import usable_cores
+from cveff.progress import Silent
 
 BLOCKS = {
     "conv": Block("conv", ((1, 24, 7, 7),), (40, 24, 3, 3), (1, 1), (1, 1), activation="relu"),
@@ -150,7 +153,7 @@ def test_a_block_is_measured_once_and_then_read_from_the_file(tmp_path: Path) ->
 def test_blocks_are_measured_again_while_the_machine_is_slow(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(block_latency, "EVERY", -1.0)  # look after every block
+    monkeypatch.setattr(calm, "EVERY", -1.0)  # look after every block
     slow = iter([1, 1, 3, 3, 1, 1])  # what other programs do to each look: at the start, and behind each time
     now = [1]
 
@@ -164,6 +167,31 @@ def test_blocks_are_measured_again_while_the_machine_is_slow(
     assert table.milliseconds(blocks).tolist() == [volume("", block, 1) for block in blocks]
     assert table.num_measured == 2
     assert next(slow, None) is None, "it looked until the machine was as fast as before"
+
+
+def test_blocks_of_a_machine_that_never_rests_are_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calm, "EVERY", -1.0)
+    looks = itertools.count()
+
+    def busy(engine: str, block: Block, threads: int) -> float:
+        return 1.0 + next(looks) if block == PROBE else volume(engine, block, threads)
+
+    said: list[str] = []
+
+    class Told(Silent):
+        def message(self, text: str) -> None:
+            said.append(text)
+
+    table = BlockLatency("onnxruntime", 1, tmp_path, measure=busy)
+    table.milliseconds([BLOCKS["conv"], BLOCKS["linear"]], progress=Told())
+    assert len(said) == 1 and said[0].startswith("2 of 2 blocks were measured while other programs")
+    assert str(table.path) in said[0], "what to delete to measure again"
+    said.clear()
+    quiet = BlockLatency("onnxruntime", 1, tmp_path / "quiet", measure=volume)
+    quiet.milliseconds([BLOCKS["conv"], BLOCKS["linear"]], progress=Told())
+    assert said == []
 
 
 def test_a_block_that_takes_longer_than_a_wider_one_is_measured_again(tmp_path: Path) -> None:
