@@ -21,6 +21,7 @@ _HOME = {
     "drop_blocks": "cveff.compress.drop_blocks:DropBlocks",
     "prune_channels": "cveff.compress.prune_channels:PruneChannels",
     "half": "cveff.compress.quant.half:HalfGraph",
+    "half_rest": "cveff.compress.quant.half_rest:HalfRest",
     "quantize": "cveff.compress.quant.network:QuantizedGraph",
     "quantize_weights": "cveff.compress.quant.weight_edit:QuantizeWeights",
     "sparsity": "cveff.compress.sparsity:Sparsity",

@@ -18,6 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import cveff.compress.quant.fake_quant  # noqa: F401  (registers the operator that is translated here)
 from cveff.errors import ExportError
+from cveff.export.trt_graph import TrtGraph
 
 FLOAT8 = helper.tensor_dtype_to_np_dtype(TensorProto.FLOAT8E4M3FN)
 
@@ -69,6 +70,7 @@ def finish(proto: onnx.ModelProto, *, integer_biases: bool) -> None:
     graph = _Graph(proto)
     graph.fold_zero_points()
     graph.store_weights()
+    graph.take_in_types()
     graph.transpose_weights()
     if integer_biases:
         graph.scale_pixels()
@@ -78,7 +80,7 @@ def finish(proto: onnx.ModelProto, *, integer_biases: bool) -> None:
 
 class _Graph:
     def __init__(self, proto: onnx.ModelProto) -> None:
-        self.graph = proto.graph
+        self.proto, self.graph = proto, proto.graph
         self.constants = {item.name: item for item in self.graph.initializer}
         self.made_by = {name: node for node in self.graph.node for name in node.output}
 
@@ -132,6 +134,31 @@ class _Graph:
             if is_passed_on and self._is_weight(reader.output[0]):
                 return True
         return False
+
+    def take_in_types(self) -> None:
+        """Conversions before and behind a pair: QuantizeLinear reads float16, and DequantizeLinear writes it, where the
+        scale is float16."""
+        types = TrtGraph(self.proto).types
+        for node in list(self.graph.node):
+            source = self.made_by.get(node.input[0])
+            if source is None or "Cast" not in (node.op_type, source.op_type):
+                continue
+            if node.op_type == "QuantizeLinear" and types.get(source.input[0]) == TensorProto.FLOAT16:
+                node.input[0], node.input[1] = source.input[0], self._in_float16(node.input[1])
+            elif _dequantizes(source) and types.get(node.output[0]) == TensorProto.FLOAT16:
+                replaced = onnx.NodeProto()
+                replaced.CopyFrom(source)
+                replaced.name, replaced.input[1] = f"{node.name}_float16", self._in_float16(source.input[1])
+                replaced.output[0] = node.output[0]
+                self.graph.node.insert(list(self.graph.node).index(node), replaced)
+                self.made_by[node.output[0]] = replaced
+                self.graph.node.remove(node)
+
+    def _in_float16(self, name: str) -> str:
+        scale = self.value(name)
+        if not np.array_equal(scale.astype(np.float16).astype(np.float32), scale):
+            raise ExportError(f"the scale {name} is no value of float16, in which the network computes there")
+        return self.add(f"{name}_float16", scale.astype(np.float16))
 
     def transpose_weights(self) -> None:
         """Transpose(DequantizeLinear(constant)) -> DequantizeLinear(transposed constant): kernels look for the

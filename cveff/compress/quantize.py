@@ -15,7 +15,7 @@ from cveff.compress.quant.placement import Scheme
 from cveff.compress.quant.points import Points
 from cveff.compress.quant.post_training import PostTraining, Quantized, WeightRounding
 from cveff.compress.quant.ranges import Method
-from cveff.compress.quant.reduced import reduce_floats
+from cveff.compress.quant.reduced import is_for_tensorrt, reduce_floats, reduce_rest
 from cveff.compress.quant.reestimate import Correction
 from cveff.compress.quant.report import Calibration
 from cveff.compress.quant.weight_choice import is_packed
@@ -41,13 +41,13 @@ TRAINABLE: tuple[Precision, ...] = ("int8", "auto", "fp8")
 _ROUNDING = ("scheme", "method", "weight_method", "weights", "equalize", "correction", "saturation")
 
 HEEDED: dict[Precision, tuple[str, ...]] = {
-    "int8": _ROUNDING,
+    "int8": (*_ROUNDING, "rest"),
     "auto": (*_ROUNDING, "max_accuracy_drop"),
     "int8-weights": ("weights", "group_size", "symmetric"),
     "int4-weights": ("weights", "group_size", "symmetric"),
     "fp16": (),
     "bf16": (),
-    "fp8": (),
+    "fp8": ("rest",),
 }
 """Settings that a precision takes notice of; all do of `images`, `exclude` and `calibration`."""
 
@@ -65,6 +65,9 @@ class Quantize:
             "int4-weights": weights of large linear layers alone (`cveff.compress.quant.weight_only`), by `weights`,
             `images`, `exclude` and the last two settings.
         scheme: where and how tensors are rounded (`cveff.compress.quant.placement`).
+        rest: of "fp8", and of "int8" by the "tensorrt" scheme: what is not rounded computes in "fp32", or in "fp16" but
+            for what needs float32. After quantization-aware training, `precision="fp16"` does the same to a network
+            that is rounded so.
         method: how ranges of activations are found; "auto" takes the one that changes the logits least.
         weight_method: how those of weights are: "minmax", or "mse" for the least error.
         weights: "nearest", "compensated": errors of a layer's weights make up for each other (GPTQ), or "learned":
@@ -92,6 +95,7 @@ class Quantize:
 
     precision: Precision = "int8"
     scheme: Scheme = "cpu"
+    rest: Literal["fp32", "fp16"] = "fp32"
     method: Method | Literal["auto"] = "auto"
     weight_method: Literal["minmax", "mse"] = "minmax"
     weights: WeightRounding = "compensated"
@@ -112,6 +116,7 @@ class Quantize:
         for name, allowed in (
             ("precision", get_args(Precision)),
             ("scheme", get_args(Scheme)),
+            ("rest", ("fp32", "fp16")),
             ("method", (*get_args(Method), "auto")),
             ("weight_method", ("minmax", "mse")),
             ("weights", get_args(WeightRounding)),
@@ -129,6 +134,13 @@ class Quantize:
             )
         if self.precision == "auto":
             object.__setattr__(self, "requires", ("data", "timer"))
+        if self.rest != "fp32" and not (
+            self.precision == "fp8" or (self.precision == "int8" and self.scheme == "tensorrt")
+        ):
+            raise StepError(
+                f"quantize.rest is {self.rest!r} with precision {self.precision!r} and scheme {self.scheme!r}; only "
+                "TensorRT's files have floats of 16 bits beside 8: give scheme='tensorrt', or rest='fp32'"
+            )
         if self.images < 1:
             raise StepError(f"quantize.images is {self.images}; give 1 or more")
         if self.precision in WEIGHT_BITS:
@@ -188,7 +200,8 @@ class Quantize:
             StepError: the model is quantized already, cannot be captured, or overflows on the calibration images.
             DataError, ImageError, InputSizeError: no calibration images, or such as the model cannot take.
         """
-        if is_quantized(model.module) or is_cast(model.module) or is_packed(model.module):
+        rests = self.precision == "fp16" and is_for_tensorrt(model)
+        if not rests and (is_quantized(model.module) or is_cast(model.module) or is_packed(model.module)):
             raise StepError(f"{model.spec.architecture} is quantized already; start from the float model")
         self.check_run(run)
         if self.precision in WEIGHT_BITS:
@@ -201,10 +214,12 @@ class Quantize:
         split = self._split(run)
         images = calibration_batches(split, model.spec.input, self.images, seed=run.seed)
         count = sum(map(len, images))
+        if rests:
+            return reduce_rest(model, images, self.exclude, run.progress), Calibration(split.name, count)
         if self.precision in ("fp16", "bf16", "fp8"):
             method = "minmax" if self.precision == "fp8" else None
             reduced = reduce_floats(model, self.precision, images, self.exclude, run.progress)
-            return reduced, Calibration(split.name, count, method)
+            return self._finished(reduced, images, run), Calibration(split.name, count, method)
         work = PostTraining(
             scheme=self.scheme,
             method=self.method,
@@ -220,7 +235,10 @@ class Quantize:
         found = work.quantize(model.module, model.spec.input, images)
         if self.precision == "auto":
             return self._mixed(model, found, work, images, run), _described(split.name, found)
-        return found.of(model), _described(split.name, found)
+        return self._finished(found.of(model), images, run), _described(split.name, found)
+
+    def _finished(self, model: Model, images: list[Tensor], run: Run) -> Model:
+        return model if self.rest == "fp32" else reduce_rest(model, images, (), run.progress)
 
     def _mixed(
         self, model: Model, found: Quantized, work: PostTraining, images: list[Tensor], run: Run

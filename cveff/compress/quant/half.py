@@ -19,6 +19,7 @@ from cveff.compress.quant.half_ranges import Kept, out_of_range
 from cveff.compress.quant.half_rules import COMPUTE, data_inputs, is_float, tidy
 from cveff.compress.quant.half_types import choose_types
 from cveff.compress.quant.network import is_cast, is_quantized
+from cveff.edits import Edit
 from cveff.errors import CheckpointError, StepError
 from cveff.runtime.input_spec import InputSpec
 
@@ -51,7 +52,7 @@ class HalfGraph:
         if self.precision not in DTYPES:
             raise CheckpointError(f"precision {self.precision!r} is unknown; known: {', '.join(DTYPES)}")
         graph = _captured(module, InputSpec.from_json(dict(self.input)))
-        known = _names(graph)
+        known = names_of(graph)
         unknown = sorted(set(self.float32) - set(known.values()))
         if unknown:
             raise CheckpointError(
@@ -77,7 +78,7 @@ class Half:
     """
 
     graph: fx.GraphModule
-    edit: HalfGraph
+    edit: Edit
     kept: tuple[Kept, ...]
     asked: tuple[str, ...]
     casts: int
@@ -119,7 +120,7 @@ def to_half(
         raise StepError(
             f"no layer is left to compute in {precision}{first}; use bf16, or keep the model in float32"
         )
-    names = _names(graph)
+    names = names_of(graph)
     edit = HalfGraph(
         input=spec.to_json(),
         precision=precision,
@@ -151,7 +152,8 @@ def cast(graph: fx.GraphModule, halves: Collection[fx.Node], dtype: torch.dtype)
     for node in list(graph.graph.nodes):
         if node.op == "get_attr" and is_float(node):
             _store(graph, node, types[node])
-        if node.op != "output" and (not is_float(node) or node.op != "call_function"):
+        computes = node.op in ("call_function", "call_module") and is_float(node)
+        if node.op != "output" and not computes:
             continue
         for source in data_inputs(node):
             wanted = types[node]
@@ -179,19 +181,20 @@ def _captured(module: nn.Module, spec: InputSpec) -> fx.GraphModule:
     if is_cast(module):
         raise StepError("the model is in 16 bits already; start from the float32 model")
     graph = capture(module, spec)
-    _describe_constants(graph)
+    describe_constants(graph)
     tidy(graph)
     return graph
 
 
-def _describe_constants(graph: fx.GraphModule) -> None:
+def describe_constants(graph: fx.GraphModule) -> None:
+    """Give the nodes that read parameters and buffers their values as `meta["val"]`."""
     for node in graph.graph.nodes:
         value = constant(graph, node)
         if value is not None:
             node.meta["val"] = value.detach()
 
 
-def _names(graph: fx.GraphModule) -> Mapping[fx.Node, str]:
+def names_of(graph: fx.GraphModule) -> Mapping[fx.Node, str]:
     """Every operator on floats and every constant that may be either, by a name that outlives versions of PyTorch."""
     found = {
         node: name for name, node in identify(graph).items() if node.op == "call_function" and is_float(node)

@@ -93,6 +93,11 @@ def is_float(node: fx.Node) -> bool:
     return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
+def reads_any_type(node: fx.Node) -> bool:
+    """Whether a node is a rounding: what it reads and what it writes may each be of either type."""
+    return node.op == "call_module"
+
+
 def tidy(graph: fx.GraphModule) -> None:
     """Drop conversions to the float32 that everything is, in place, and write batch norms that no convolution took in
     as one multiplication and one addition: their variances do not fit into 16 bits. A constant gets one node."""
@@ -112,7 +117,10 @@ def tidy(graph: fx.GraphModule) -> None:
     graph.graph.eliminate_dead_code()
     graph.delete_all_unused_submodules()
     read = {str(node.target) for node in graph.graph.nodes if node.op == "get_attr"}
+    called = tuple(f"{node.target}." for node in graph.graph.nodes if node.op == "call_module")
     for path in {*dict(graph.named_parameters()), *dict(graph.named_buffers())} - read:
+        if path.startswith(called):
+            continue
         owner, _, name = path.rpartition(".")
         delattr(graph.get_submodule(owner), name)
     graph.recompile()

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from cveff.compress.quant.half_rules import data_inputs, is_float, kind_of
+from cveff.compress.quant.half_rules import COMPUTE, data_inputs, is_float, kind_of, reads_any_type
 
 CAST_BYTES = 6
 """Of one value: four read and two written, or the other way round."""
@@ -36,10 +36,12 @@ def choose_types(graph: fx.GraphModule, keep: Collection[fx.Node] = ()) -> set[f
     network: Any = networkx.DiGraph()
     nodes = [node for node in graph.graph.nodes if node.op == "output" or is_float(node)]
     known = set(nodes)
+    keep = {*keep, *(layer for node in keep for layer in _fused_with(node))}
     for node in nodes:
         kind = "float" if node in keep or node.op in ("placeholder", "output") else kind_of(node)
         if node.op == "get_attr":
-            kind = "either"
+            # Weights are rounded from float32, or they would be other integers.
+            kind = "float" if any(map(reads_any_type, node.users)) else "either"
         _add(network, "half", node, math.inf if kind == "half" else 0)
         cost = (
             math.inf
@@ -48,13 +50,17 @@ def choose_types(graph: fx.GraphModule, keep: Collection[fx.Node] = ()) -> set[f
         )
         _add(network, node, "float", cost)
     for node in nodes:
-        readers = [user for user in node.users if user in known and node in data_inputs(user)]
-        together = [user for user in readers if _is_item(user)]
+        readers = [
+            user
+            for user in node.users
+            if user in known and node in data_inputs(user) and not reads_any_type(user)
+        ]
+        together = [user for user in readers if _is_item(user) or node in _fused_with(user)]
         for user in together:
             _add(network, node, user, math.inf)
             _add(network, user, node, math.inf)
         readers = [user for user in readers if user not in together]
-        if readers:
+        if readers and not reads_any_type(node):
             cost = CAST_BYTES * _values(node) + LAUNCH_BYTES
             down, up = (node, "to half"), (node, "to float")
             _add(network, node, up, cost)
@@ -77,6 +83,13 @@ def _add(network: Any, start: object, end: object, cost: float) -> None:
         before = network.get_edge_data(start, end, {"capacity": 0})
         if "capacity" in before:
             network.add_edge(start, end, capacity=before["capacity"] + cost)
+
+
+def _fused_with(node: fx.Node) -> list[fx.Node]:
+    """The products whose 8-bit kernel also adds a rounded tensor: it does not, where a conversion is between them."""
+    if node.target in COMPUTE or not any(map(reads_any_type, node.all_input_nodes)):
+        return []
+    return [item for item in node.all_input_nodes if item.target in COMPUTE]
 
 
 def _is_item(node: fx.Node) -> bool:
