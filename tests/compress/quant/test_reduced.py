@@ -56,7 +56,7 @@ def test_each_precision_keeps_the_accuracy_and_says_what_it_did(
     assert messages.lines[0].startswith(f"{precision}: ")
     assert accuracy(found) >= accuracy(model) - lost
     assert len(found.spec.edits) == len(model.spec.edits) + 1
-    for again in ("int8", "fp16", "fp8"):
+    for again in ("int8", "bf16", "fp8"):
         with pytest.raises(StepError, match="quantized already"):
             Quantize(precision=again)(found, Run(data=cveff.data.load("digits")))
 
