@@ -36,7 +36,7 @@ SCRIPTS = (
     "compress_chain",
     "latency_table",
     "trt_check",
-    "half",
+    "typed_graphs",
     "weight_only",
     "quantize_peers",
     "repairs",

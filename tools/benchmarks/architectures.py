@@ -52,6 +52,12 @@ SIZES = {
     "caformer_s18": 64,
     "davit_tiny": 64,
     "pvt_v2_b0": 64,
+    "resnext50_32x4d": 64,
+    "hardcorenas_a": 64,
+    "mnasnet_100": 64,
+    "mobileone_s0": 64,
+    "repvit_m0_9": 64,
+    "starnet_s1": 64,
 }
 """Architecture -> side of its images."""
 QUICK = ("mobilenetv4_conv_small", "vit_tiny_patch16_224")

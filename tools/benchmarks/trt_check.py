@@ -30,7 +30,7 @@ import onnx
 import onnxruntime
 import torch
 from architectures import SIZES, measure, random_model
-from torch import nn
+from torch import Tensor, nn
 
 from cveff.compress.quant.capture import capture, constant, identify
 from cveff.compress.quant.network import QuantizedGraph, insert
@@ -76,7 +76,8 @@ def row(name: str) -> dict[str, Any]:
     """One architecture's figures."""
     started = time.perf_counter()
     model = random_model(name)
-    rounded = round_for_tensorrt(model)
+    images = normalize(torch.from_numpy(example_images(16, model, seed=1)), model.spec.input)
+    rounded = round_for_tensorrt(model, [images])
     with tempfile.TemporaryDirectory() as folder:
         path = export(rounded, Path(folder) / "model.onnx", check=False)
         findings = check_tensorrt(path)
@@ -108,14 +109,17 @@ def row(name: str) -> dict[str, Any]:
     }
 
 
-def round_for_tensorrt(model: Model) -> Model:
-    """Ranges of activations are all that was seen, of weights the largest of each channel; nothing is repaired."""
-    images = normalize(torch.from_numpy(example_images(16, model, seed=1)), model.spec.input)
+def round_for_tensorrt(model: Model, batches: list[Tensor]) -> Model:
+    """Ranges of activations are all that `batches` show, of weights the largest of each channel; nothing is repaired.
+
+    Args:
+        batches: images (B, C, H, W), normalised.
+    """
     graph = capture(model.module, model.spec.input)
     placement = place(graph, "tensorrt")
     roundings = insert(graph, placement)
     watch = Watch(graph, roundings.tensors)
-    watch.see([images])
+    watch.see(batches)
     for tensor, (low, high) in watch.ranges("minmax").items():
         roundings.tensors[tensor].set_range(torch.tensor(low), torch.tensor(high))
     nodes = identify(graph)
