@@ -56,9 +56,7 @@ def build_candidates(source: Path, target: Target, int8: Int8, folder: Path, pro
                 file=path.name,
                 path=path,
                 options=options,
-                size_bytes=sum(
-                    map(size_bytes, model_files(replace(candidate, file=path.name), folder).values())
-                ),
+                size_bytes=size_bytes(path) + _plan_bytes(engine, path),
                 rounding=int8.described(path),
                 saturation=_clipping(engine, precision, path, int8),
             )
@@ -126,6 +124,10 @@ def _build_onnx(precision: str, source: Path, int8: Int8, target: Target) -> Pat
     if precision == "fp32" or int8.is_given:
         return source
     return int8.mixed(target) if precision == "int8-mixed" else int8.onnx()
+
+
+def _plan_bytes(engine: str, path: Path) -> int:
+    return size_bytes(path.with_suffix(".plan")) if engine == "tensorrt" else 0
 
 
 def _clipping(engine: str, precision: str, path: Path, int8: Int8) -> Clipping | None:

@@ -100,7 +100,7 @@ def parser_message(trt: Any, parser: Any, onnx: Path, logger: Any) -> str:
     lines = []
     for index in range(parser.num_errors):
         error = parser.get_error(index)
-        code = error.code().name
+        code = str(error.code()).rpartition(".")[2]  # .name is no name in release 10.7
         node = error.node_name() or f"number {error.node()}"
         hint = _HINTS.get(code)
         lines.append(

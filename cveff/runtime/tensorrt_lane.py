@@ -186,8 +186,11 @@ class Lanes:
                 self.discard(lane)
                 return
         with self._changed:
-            self._idle.append(lane)
-            self._changed.notify_all()
+            if not self._closed:
+                self._idle.append(lane)
+                self._changed.notify_all()
+                return
+        self.discard(lane)
 
     def discard(self, lane: Lane) -> None:
         """Close a lane that failed."""
@@ -195,13 +198,13 @@ class Lanes:
         self._forget()
 
     def close(self) -> None:
-        """Close every lane, those in use when they are done."""
+        """Close every lane; those in use are closed when they come back."""
         with self._changed:
             self._closed = True
-            self._changed.wait_for(lambda: len(self._idle) == self._count)
-            while self._idle:
-                self._idle.pop().close()
-            self._count = 0
+            idle, self._idle = self._idle, []
+            self._changed.notify_all()
+        for lane in idle:
+            self.discard(lane)
 
     def _may_specialise(self) -> bool:
         with self._changed:
