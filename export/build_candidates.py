@@ -88,7 +88,7 @@ def _build(
     if engine == "onnxruntime":
         return _build_onnx(precision, source, int8, target), {}
     if engine == "tensorrt":
-        from cveff.export.tensorrt import build_candidate
+        from cveff.export.tensorrt_candidate import build_candidate
 
         _check_given(int8, precision)
         return build_candidate(precision, source, int8, target.tensorrt)

@@ -1,25 +1,19 @@
-"""TensorRT plans, built on the machine that runs them, and the ONNX files they are built from, made on any machine.
+"""TensorRT plans, built on the machine that runs them; no torch.
 
 The work is done in `cveff.runtime`, because a bundle builds its plan on the device, without cveff.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from cveff.errors import EngineError, ExportError
-from cveff.export.int8 import Int8
-from cveff.export.trt_check import require_tensorrt
 from cveff.progress import Progress, Silent
 from cveff.runtime.cuda import Cuda
 from cveff.runtime.tensorrt_cache import write_new_plan
 from cveff.runtime.tensorrt_library import load_tensorrt
 from cveff.runtime.tensorrt_plan import Machine, onnx_hash, read_info
 from cveff.runtime.tensorrt_settings import TensorRT, check_settings
-
-PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
 
 
 def build_plan(
@@ -65,31 +59,6 @@ def build_plan(
         info = write_new_plan(trt, onnx, plan, machine, settings, progress.track)
         progress.message(f"{plan.name} was built in {info.build_seconds:.0f} s")
     return plan
-
-
-def build_candidate(
-    precision: str, source: Path, int8: Int8, settings: TensorRT
-) -> tuple[Path, dict[str, Any]]:
-    """The ONNX file of a precision with its plan beside it, and the options that its session takes.
-
-    Args:
-        precision: one of `PRECISIONS`.
-        source: the exported float32 file.
-        int8: the same model, and its calibration images.
-
-    Raises:
-        ExportError: another precision, or a graph that TensorRT does not take.
-        EngineError, StepError: see `build_plan` and `Int8.tensorrt`.
-    """
-    if precision not in PRECISIONS:
-        raise ExportError(f"TensorRT's files do not come in {precision}; give {', '.join(PRECISIONS)}")
-    load_tensorrt()
-    Cuda()  # a machine that lacks either says so before anything is calibrated
-    onnx = source if precision == "fp32" or int8.is_given else int8.tensorrt(precision)
-    require_tensorrt(onnx, settings.version)
-    build_plan(onnx, settings=settings, progress=int8.progress)
-    # The release is left out: on another device, what is installed there builds.
-    return onnx, {key: value for key, value in asdict(settings).items() if key != "version"}
 
 
 def _why_anew(plan: Path, onnx: Path, machine: Machine, settings: TensorRT) -> str:

@@ -41,7 +41,7 @@ class CudaRecorder:
             inspect.signature(real).bind(*given)  # raises TypeError for another number of arguments
             self.names.append(name)
             if name in self.fails:
-                return (self._real.cudaError_t[self.fails[name]], *([None] * 2))
+                return (getattr(self._real.cudaError_t, self.fails[name]), *([None] * 2))
             result = getattr(self, f"_{name}")(*given)
             return (self._ok, *result) if isinstance(result, tuple) else (self._ok, result)
 

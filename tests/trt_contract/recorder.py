@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Mapping
+from importlib.machinery import ModuleSpec
 from typing import Any
 
 SUBCLASSED = ("ILogger", "IProgressMonitor")
@@ -123,6 +124,8 @@ class World:
 
 class Module:
     """`import tensorrt as trt`."""
+
+    __spec__ = ModuleSpec("tensorrt", None)  # torch asks for it
 
     def __init__(self, world: World) -> None:
         self._world = world

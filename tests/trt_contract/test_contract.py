@@ -150,10 +150,8 @@ def use_everything(world: World, cuda: CudaRecorder, folder: Path) -> None:
     version = int(world.version.split(".")[0])
     batches = (2, 2, 2)
     world.answers |= builder_answers() | dict(engine_answers(world, cuda, batches))
-    options = {
-        "batches": batches, "workspace_mb": 1, "version_compatible": True, "hardware_compatible": True, "refittable": True,
-        "strip_weights": True, "sparse_weights": True, "dla": 0,
-    }  # fmt: skip
+    flags = ("version_compatible", "hardware_compatible", "refittable", "strip_weights", "sparse_weights")
+    options = {"batches": batches, "workspace_mb": 1, "dla": 0, **dict.fromkeys(flags, True)}
     with TensorRTSession(onnx, 1, options) as session:
         for _ in range(3):
             session(np.zeros((4, *IMAGE), np.uint8))
