@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import tomllib
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from cveff.errors import TargetError
+from cveff.errors import EngineError, TargetError
 from cveff.runtime.machine import ISA_FLAGS, isa, usable_cores
+from cveff.runtime.tensorrt_settings import TensorRT, settings_from
 
-_ENGINES = ("onnxruntime", "openvino")
-_PRECISIONS = ("fp32", "bf16", "int8", "int8-mixed", "int8-asymmetric", "int8-bf16")
+_ENGINES = ("onnxruntime", "openvino", "tensorrt")
+_PRECISIONS = ("fp32", "fp16", "bf16", "fp8", "int8", "int8-mixed", "int8-asymmetric", "int8-bf16")
 _PROFILES = Path(__file__).parent / "export" / "targets"
 
 
@@ -22,13 +23,15 @@ class Target:
     Attributes:
         name, description: for people.
         candidates: (engine, precision) pairs that `deploy` builds, measures and chooses from. Engines:
-            "onnxruntime", "openvino"; precisions: "fp32", "bf16", "int8"; for ONNX Runtime also "int8-mixed" (layers
-            that are faster in floats, or lose too much, stay there); for OpenVINO also "int8-asymmetric" (zero points
-            for activations) and "int8-bf16" (bfloat16 for what is not quantized).
+            "onnxruntime", "openvino", "tensorrt"; precisions: "fp32", "bf16", "int8"; for TensorRT also
+            "fp16", "fp8"; for ONNX Runtime also "int8-mixed" (layers that are faster in floats, or lose too much, stay
+            there); for OpenVINO also "int8-asymmetric" (zero points for activations) and "int8-bf16" (bfloat16 for
+            what is not quantized).
         threads: threads of the engine; 0 means every core this process may use.
         batch_sizes: batch sizes that are measured; the first decides which candidate is fastest.
         memory_mb: limit on the peak resident memory of a fresh process that runs the file, in MiB; 0: none.
         instructions: those of `ISA_FLAGS` that the device has; None: those of this machine.
+        tensorrt: how TensorRT plans are built.
     """
 
     name: str
@@ -38,6 +41,7 @@ class Target:
     batch_sizes: tuple[int, ...] = (1, 8)
     memory_mb: int = 0
     instructions: tuple[str, ...] | None = None
+    tensorrt: TensorRT = field(default_factory=TensorRT)
 
     @property
     def instruction_sets(self) -> tuple[str, ...]:
@@ -87,7 +91,7 @@ def _validated(values: dict[str, Any], path: Path) -> Target:
         is_pair = isinstance(pair, list) and len(pair) == 2
         if not is_pair or pair[0] not in _ENGINES or pair[1] not in _PRECISIONS:
             raise TargetError(
-                f"{path}: candidates holds {pair!r}; give [engine, precision] with engine onnxruntime or openvino "
+                f"{path}: candidates holds {pair!r}; give [engine, precision] with engine {', '.join(_ENGINES)} "
                 f"and precision {', '.join(_PRECISIONS)}"
             )
         pairs.append((pair[0], pair[1]))
@@ -105,6 +109,7 @@ def _validated(values: dict[str, Any], path: Path) -> Target:
         batch_sizes=sizes,
         memory_mb=values.get("memory_mb", 0),
         instructions=_instructions(values["instructions"], path) if "instructions" in values else None,
+        tensorrt=_tensorrt(values.get("tensorrt", {}), path),
     )
 
 
@@ -117,3 +122,12 @@ def _instructions(names: Any, path: Path) -> tuple[str, ...]:
             "the key out for those of the machine that deploys"
         )
     return tuple(name for name in ISA_FLAGS if name in names)
+
+
+def _tensorrt(values: Any, path: Path) -> TensorRT:
+    if not isinstance(values, dict):
+        raise TargetError(f"{path}: tensorrt is {values!r}; give a table, [tensorrt]")
+    try:
+        return settings_from(values, TensorRT.version)
+    except EngineError as error:
+        raise TargetError(f"{path}: {error}") from None

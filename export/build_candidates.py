@@ -56,7 +56,7 @@ def build_candidates(source: Path, target: Target, int8: Int8, folder: Path, pro
                 file=path.name,
                 path=path,
                 options=options,
-                size_bytes=size_bytes(path),
+                size_bytes=size_bytes(path) + _plan_bytes(engine, path),
                 rounding=int8.described(path),
                 saturation=_clipping(engine, precision, path, int8),
             )
@@ -73,6 +73,9 @@ def model_files(candidate: Candidate, folder: Path) -> dict[str, Path]:
     names = [candidate.file]
     if candidate.file.endswith(".xml"):
         names.append(candidate.file.removesuffix(".xml") + ".bin")
+    if candidate.engine == "tensorrt":
+        plan = Path(candidate.file).with_suffix(".plan").name
+        names += [plan, f"{plan}.json"]
     return {name: folder / name for name in names}
 
 
@@ -84,6 +87,11 @@ def _build(
         raise MissingDependencyError(f"{engine} is not installed; pip install {_requirement(engine)}")
     if engine == "onnxruntime":
         return _build_onnx(precision, source, int8, target), {}
+    if engine == "tensorrt":
+        from cveff.export.tensorrt_candidate import build_candidate
+
+        _check_given(int8, precision)
+        return build_candidate(precision, source, int8, target.tensorrt)
     from cveff.export.openvino import Preset, convert, quantize_openvino
 
     is_bf16 = precision.endswith("bf16")
@@ -118,9 +126,13 @@ def _build_onnx(precision: str, source: Path, int8: Int8, target: Target) -> Pat
     return int8.mixed(target) if precision == "int8-mixed" else int8.onnx()
 
 
+def _plan_bytes(engine: str, path: Path) -> int:
+    return size_bytes(path.with_suffix(".plan")) if engine == "tensorrt" else 0
+
+
 def _clipping(engine: str, precision: str, path: Path, int8: Int8) -> Clipping | None:
     """What was done against sums that clip; None for floats, and where the target does not clip."""
-    if not int8.clips or not precision.startswith("int8"):
+    if not int8.clips or not precision.startswith("int8") or engine == "tensorrt":
         return None
     if engine == "openvino" and not int8.is_given:
         return Clipping("half_range")
@@ -135,7 +147,7 @@ def _check_given(int8: Int8, precision: str) -> None:
 
 
 def _requirement(engine: str) -> str:
-    return "'cveff[openvino]'" if engine == "openvino" else engine
+    return f"'cveff[{engine}]'" if engine in ("openvino", "tensorrt") else engine
 
 
 def _reason(error: CveffError) -> str:

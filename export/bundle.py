@@ -31,7 +31,11 @@ SCHEMA_PATH = Path(__file__).with_name("manifest.schema.json")
 
 _RUNTIME = Path(cveff.runtime.__file__).parent
 _RESERVED = (FILE_NAME, "run.py", "requirements.txt", "report.html", "runtime", "triton")
-_DISTRIBUTIONS = {"onnxruntime": ("onnxruntime", "onnxruntime-gpu"), "openvino": ("openvino",)}
+_DISTRIBUTIONS = {
+    "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
+    "openvino": ("openvino",),
+    "tensorrt": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"),
+}
 _RUN_PY = '''\
 """Classify images with this bundle: python run.py IMAGE_OR_FOLDER... (--help lists the options)."""
 
@@ -141,6 +145,8 @@ def requirements(manifest: Mapping[str, Any]) -> str:
         _pin("pillow"),
         _pin(*_DISTRIBUTIONS[engines[0]]),
     ]
+    if engines[0] == "tensorrt":
+        lines.append(_pin("cuda-bindings"))
     for engine in engines[1:]:
         lines.append(f"# {_pin(*_DISTRIBUTIONS[engine])}  # for run.py --engine {engine}")
     return "\n".join(lines) + "\n"

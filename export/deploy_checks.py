@@ -26,7 +26,7 @@ class Images:
     """The images a deployment uses, chosen before it starts.
 
     Attributes:
-        calibration: (count, H, W, C) uint8; None where the target has no int8 candidate.
+        calibration: (count, H, W, C) uint8; None where the target has no candidate that needs them.
         selection: candidates are compared on these.
         evaluation: the figures of the chosen one and of the original come from these.
         labels: one name a class.
@@ -135,7 +135,10 @@ def gather_images(
             "deploy needs images to measure with: pass data=… (a data set with labels: accuracy is measured) "
             "or calibration=… (a folder of images without labels: agreement with the original is measured)"
         )
-    needs_calibration = any(precision.startswith("int8") for _, precision in target.candidates)
+    needs_calibration = any(
+        precision.startswith("int8") or (engine == "tensorrt" and precision != "fp32")
+        for engine, precision in target.candidates
+    )
     folder = None
     if calibration is not None:
         from cveff.data.loading import load_images

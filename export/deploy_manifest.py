@@ -15,7 +15,19 @@ from cveff.model import Model
 from cveff.runtime.machine import describe
 from cveff.target import Target
 
-_PACKAGES = ("cveff", "torch", "timm", "numpy", "pillow", "onnx", "onnxruntime", "openvino", "nncf")
+_PACKAGES = (
+    "cveff",
+    "torch",
+    "timm",
+    "numpy",
+    "pillow",
+    "onnx",
+    "onnxruntime",
+    "openvino",
+    "nncf",
+    "tensorrt",
+    "cuda-bindings",
+)
 
 
 def deployment_manifest(

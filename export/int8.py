@@ -17,6 +17,7 @@ from cveff.compress.quant.network import is_quantized
 from cveff.compress.quant.points import Points
 from cveff.compress.quant.post_training import PostTraining, Quantized
 from cveff.compress.quant.ranges import rounding_off
+from cveff.compress.quant.reduced import reduce_floats
 from cveff.compress.quant.saturation import predict_saturation
 from cveff.compress.samples import mixed as shuffled
 from cveff.data.augment import normalize
@@ -114,6 +115,24 @@ class Int8:
         if mixed.chosen != MIXED or mixed.quantized is None:
             raise NotWorthwhileError(f"not built: {_why_not(mixed)}")
         return self._write(path, mixed.quantized, mixed)
+
+    def tensorrt(self, precision: str) -> Path:
+        """The model in the types that TensorRT computes in: "fp16", "bf16", "fp8", or "int8" rounded as it does.
+
+        Raises:
+            ExportError: no calibration images, or the graph is none that TensorRT takes.
+            StepError: the model cannot be captured, or overflows on the images.
+        """
+        path = self.folder / f"model.tensorrt-{precision}.onnx"
+        if not path.exists():
+            spec, batches = self.model.spec.input, self._batches()
+            if precision == "int8":
+                work = PostTraining(scheme="tensorrt", seed=self.seed, progress=self.progress)
+                model = work.quantize(self.model.module, spec, batches).of(self.model)
+            else:
+                model = reduce_floats(self.model, precision, batches, progress=self.progress)  # type: ignore[arg-type]
+            export(model, path)
+        return path
 
     def rounded_weights(self) -> Path:
         """A float32 file whose weights lie on the grids that were chosen for them: for quantizers of other engines."""

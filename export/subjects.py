@@ -21,6 +21,8 @@ from cveff.runtime.input_spec import InputSpec
 from cveff.runtime.machine import usable_cores
 from cveff.runtime.manifest import FILE_NAME, ModelFile, locate, model_files, read_manifest, verify_files
 
+_ENGINE_OF = {".onnx": "onnxruntime", ".xml": "openvino", ".plan": "tensorrt"}
+
 Source = Model | tuple[nn.Module, InputSpec] | str | Path
 
 
@@ -127,8 +129,8 @@ def open_subject(source: Source, *, threads: int | None = None, name: str | None
             )
         model = load(path)
         return _module(model.module, model.spec.input, threads, name, model)
-    if path.suffix in (".onnx", ".xml") and path.is_file():
-        return _file(path, engine or ("onnxruntime" if path.suffix == ".onnx" else "openvino"), threads, name)
+    if path.suffix in _ENGINE_OF and path.is_file():
+        return _file(path, engine or _ENGINE_OF[path.suffix], threads, name)
     if not path.exists():
         raise CveffError(f"{path} does not exist; give a saved model, a .onnx or .xml file, or a bundle")
     raise CveffError(f"{path} is no saved model, .onnx or .xml file, or bundle; cveff cannot measure it")
@@ -156,7 +158,7 @@ def _file(path: Path, engine: str, threads: int, name: str) -> Subject:
     values = _metadata(path)
     return Subject(
         name=name,
-        kind="onnx" if path.suffix == ".onnx" else "openvino",
+        kind={".onnx": "onnx", ".xml": "openvino", ".plan": "tensorrt"}[path.suffix],
         engine=engine,
         predictor=session,
         threads=threads,
@@ -198,6 +200,10 @@ def _bundle(folder: Path, engine: str, threads: int, name: str) -> Subject:
 
 def _metadata(path: Path) -> dict[str, Any]:
     """What a file says of itself; an IR keeps the ONNX file's metadata only where OpenVINO carried it over."""
+    if path.suffix == ".plan":
+        path = path.with_suffix(".onnx")
+        if not path.is_file():
+            return {}
     if path.suffix == ".onnx":
         import onnx
 

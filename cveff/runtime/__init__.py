@@ -25,7 +25,8 @@ def open(
     Args:
         path: the bundle's folder.
         engine: "onnxruntime" or "openvino", to use another of the shipped files than the fastest one; where
-            one engine has several files, "openvino:int8" picks by precision.
+            one engine has several files, "openvino:int8" picks by precision. "tensorrt" runs any ONNX file, built
+            when it is first opened on a machine.
         threads: threads of the engine; by default those the bundle was measured with, but no more than this
             process may use.
         verify: compare every file's SHA-256 with the manifest. Off, only the manifest, the paths and the

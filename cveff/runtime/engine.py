@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ class Engine:
         spec: what the model takes.
         labels: one name a class, in the order of the columns of the result.
         manifest: the whole manifest, checked; `file` is its entry that runs.
-        name: the engine in use, "onnxruntime" or "openvino".
+        name: the engine in use, "onnxruntime", "openvino" or "tensorrt".
         precision: "fp32", "bf16" or one of int8's kinds; "" where the manifest does not say.
         threads: threads the engine uses.
         path: the bundle's folder.
@@ -143,7 +144,10 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def _choose(manifest: dict[str, Any], wanted: str | None) -> bundle.ModelFile:
-    """The model file to run: the bundle's choice, or the first of the engine (and precision) asked for."""
+    """The model file to run: the bundle's choice, or the first of the engine (and precision) asked for.
+
+    TensorRT builds from any ONNX file; of several that of floats, as int8 for CPUs is rounded in ways it refuses.
+    """
     files = bundle.model_files(manifest)
     if wanted is None:
         return files[0]
@@ -151,6 +155,10 @@ def _choose(manifest: dict[str, Any], wanted: str | None) -> bundle.ModelFile:
     for file in files:
         if file.engine == name and precision in ("", file.precision):
             return file
+    if name == "tensorrt":
+        for file in files:
+            if file.file.endswith(".onnx") and file.precision in ("", precision or "fp32"):
+                return replace(file, engine=name, options={})
     shipped = ", ".join(
         f"{file.engine}:{file.precision}" if file.precision else file.engine for file in files
     )

@@ -11,9 +11,9 @@ from .errors import EngineError
 from .machine import usable_cores
 from .session import Session
 
-ENGINES = ("onnxruntime", "openvino")
+ENGINES = ("onnxruntime", "openvino", "tensorrt")
 
-_SUFFIXES = {"onnxruntime": (".onnx",), "openvino": (".xml", ".onnx")}
+_SUFFIXES = {"onnxruntime": (".onnx",), "openvino": (".xml", ".onnx"), "tensorrt": (".plan", ".onnx")}
 
 
 def available_engines() -> tuple[str, ...]:
@@ -27,9 +27,11 @@ def open_file(
     """Open a model file for prediction.
 
     Args:
-        engine: "onnxruntime" (`.onnx`) or "openvino" (`.xml` or `.onnx`).
+        engine: "onnxruntime" (`.onnx`), "openvino" (`.xml` or `.onnx`) or "tensorrt" (`.onnx`, built into a plan when
+            it is first opened on a machine, or `.plan`).
         threads: threads of the engine; 0 means every core this process may use.
-        options: the engine's own: "graph_optimizations" of ONNX Runtime, "inference_precision" of OpenVINO.
+        options: the engine's own: "graph_optimizations" of ONNX Runtime, "inference_precision" of OpenVINO, how a
+            TensorRT plan is built (`TensorRT`'s fields).
 
     Raises:
         EngineError: unknown or not installed engine, unknown option, or a file it cannot open.
@@ -49,6 +51,10 @@ def open_file(
         from .onnx_session import OnnxSession
 
         return OnnxSession(path, threads, options)
+    if engine == "tensorrt":
+        from .tensorrt_session import TensorRTSession
+
+        return TensorRTSession(path, threads, options)
     from .openvino_session import OpenVinoSession
 
     return OpenVinoSession(path, threads, options)

@@ -41,7 +41,8 @@ def may_clip(file: ModelFile, measured: list[str]) -> bool:
         measured: instruction sets of the machine that measured; a file that kept its accuracy on one whose kernels
             clip keeps it here.
     """
-    if not file.precision.startswith("int8") or not machine.saturates(machine.isa()):
+    is_of_gpu = file.engine == "tensorrt"
+    if is_of_gpu or not file.precision.startswith("int8") or not machine.saturates(machine.isa()):
         return False
     return not file.is_guarded and not machine.saturates(measured)
 

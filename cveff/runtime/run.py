@@ -116,7 +116,9 @@ def _parser(names_bundle: bool) -> argparse.ArgumentParser:
     parser.add_argument(
         "images", nargs="+", metavar="IMAGE_OR_FOLDER", help="image files, or folders of them"
     )
-    parser.add_argument("--engine", help="use this engine's file, e.g. onnxruntime, openvino, openvino:int8")
+    parser.add_argument(
+        "--engine", help="use this engine's file, e.g. onnxruntime, openvino, openvino:int8; tensorrt"
+    )
     parser.add_argument("--threads", type=_positive, help="threads of the engine (default: as measured)")
     parser.add_argument("--top-k", type=_positive, default=5, help="classes to show an image (default 5)")
     parser.add_argument("--batch-size", type=_positive, default=8, help="images a call (default 8)")
