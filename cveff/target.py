@@ -10,7 +10,15 @@ from typing import Any
 from cveff.errors import TargetError
 from cveff.runtime.machine import ISA_FLAGS, isa, usable_cores
 
-_ENGINES = ("onnxruntime", "openvino")
+_ENGINES = (
+    "onnxruntime",
+    "onnxruntime-cuda",
+    "onnxruntime-tensorrt",
+    "onnxruntime-coreml",
+    "onnxruntime-qnn",
+    "openvino",
+    "aot-inductor",
+)
 _PRECISIONS = ("fp32", "bf16", "int8", "int8-mixed", "int8-asymmetric", "int8-bf16")
 _PROFILES = Path(__file__).parent / "export" / "targets"
 
@@ -22,9 +30,10 @@ class Target:
     Attributes:
         name, description: for people.
         candidates: (engine, precision) pairs that `deploy` builds, measures and chooses from. Engines:
-            "onnxruntime", "openvino"; precisions: "fp32", "bf16", "int8"; for ONNX Runtime also "int8-mixed" (layers
-            that are faster in floats, or lose too much, stay there); for OpenVINO also "int8-asymmetric" (zero points
-            for activations) and "int8-bf16" (bfloat16 for what is not quantized).
+            "onnxruntime" and its execution providers ("onnxruntime-cuda", …), "openvino", "aot-inductor"; precisions:
+            "fp32", "bf16", "int8"; for ONNX Runtime also "int8-mixed" (layers that are faster in floats, or lose too
+            much, stay there); for OpenVINO also "int8-asymmetric" (zero points for activations) and "int8-bf16"
+            (bfloat16 for what is not quantized).
         threads: threads of the engine; 0 means every core this process may use.
         batch_sizes: batch sizes that are measured; the first decides which candidate is fastest.
         memory_mb: limit on the peak resident memory of a fresh process that runs the file, in MiB; 0: none.
@@ -87,7 +96,7 @@ def _validated(values: dict[str, Any], path: Path) -> Target:
         is_pair = isinstance(pair, list) and len(pair) == 2
         if not is_pair or pair[0] not in _ENGINES or pair[1] not in _PRECISIONS:
             raise TargetError(
-                f"{path}: candidates holds {pair!r}; give [engine, precision] with engine onnxruntime or openvino "
+                f"{path}: candidates holds {pair!r}; give [engine, precision] with engine {', '.join(_ENGINES)} "
                 f"and precision {', '.join(_PRECISIONS)}"
             )
         pairs.append((pair[0], pair[1]))

@@ -16,6 +16,7 @@ from cveff.measure.size import size_bytes
 from cveff.progress import Progress
 from cveff.runtime.engines import available_engines, open_file
 from cveff.runtime.machine import isa
+from cveff.runtime.onnx_providers import PROVIDERS
 from cveff.runtime.session import Session
 from cveff.target import Target
 
@@ -60,7 +61,10 @@ def build_candidates(source: Path, target: Target, int8: Int8, folder: Path, pro
                 rounding=int8.described(path),
                 saturation=_clipping(engine, precision, path, int8),
             )
-            sessions[candidate.name] = open_file(engine, path, threads=candidate.threads, options=options)
+            session = open_file(engine, path, threads=candidate.threads, options=options)
+            sessions[candidate.name] = session
+            for note in session.notes:
+                progress.message(f"{candidate.name}: {note}")
         except CveffError as error:
             candidate = replace(candidate, error=_reason(error))
             progress.message(f"{candidate.name}: {candidate.error}")
@@ -82,18 +86,16 @@ def _build(
     """The candidate's file (built unless it is there already) and the engine's options."""
     if engine not in available_engines():
         raise MissingDependencyError(f"{engine} is not installed; pip install {_requirement(engine)}")
-    if engine == "onnxruntime":
+    if engine.startswith("onnxruntime"):
         return _build_onnx(precision, source, int8, target), {}
+    if engine == "aot-inductor":
+        return _build_aot(precision, int8, target, folder), {}
     from cveff.export.openvino import Preset, convert, quantize_openvino
+    from cveff.export.openvino_streams import with_streams
 
     is_bf16 = precision.endswith("bf16")
-    if is_bf16 and not _BF16_ISA.intersection(isa()):
-        raise EngineError("this processor has no bfloat16 arithmetic")
-    if is_bf16 and not _BF16_ISA.intersection(target.instruction_sets):
-        raise EngineError(
-            f"target {target.name} has no bfloat16 arithmetic: its instructions are "
-            f"{', '.join(target.instruction_sets) or 'none'}"
-        )
+    if is_bf16:
+        _require_bfloat16(target)
     stored = precision.removesuffix("-bf16")
     _check_given(int8, stored)
     path = folder / (f"model.{stored}.xml" if stored.startswith("int8") else "model.xml")
@@ -106,7 +108,7 @@ def _build(
             )
         else:
             convert(source, path)
-    return path, {"inference_precision": "bf16" if is_bf16 else "f32"}
+    return path, with_streams(path, {"inference_precision": "bf16" if is_bf16 else "f32"}, target)
 
 
 def _build_onnx(precision: str, source: Path, int8: Int8, target: Target) -> Path:
@@ -116,6 +118,33 @@ def _build_onnx(precision: str, source: Path, int8: Int8, target: Target) -> Pat
     if precision == "fp32" or int8.is_given:
         return source
     return int8.mixed(target) if precision == "int8-mixed" else int8.onnx()
+
+
+def _build_aot(precision: str, int8: Int8, target: Target, folder: Path) -> Path:
+    if precision not in ("fp32", "bf16"):
+        raise ExportError(f"AOTInductor does not compile {precision}")
+    _check_given(int8, precision)
+    if precision == "bf16":
+        _require_bfloat16(target)
+    if set(target.instruction_sets) != set(isa()):
+        raise ExportError(
+            f"AOTInductor compiles for the processor it runs on, and target {target.name} names another's "
+            "instructions; deploy on the device"
+        )
+    from cveff.export.aot_inductor import compile_package
+
+    path = folder / f"model.{precision}.pt2"
+    return path if path.exists() else compile_package(int8.model, path, precision=precision)
+
+
+def _require_bfloat16(target: Target) -> None:
+    if not _BF16_ISA.intersection(isa()):
+        raise EngineError("this processor has no bfloat16 arithmetic")
+    if not _BF16_ISA.intersection(target.instruction_sets):
+        raise EngineError(
+            f"target {target.name} has no bfloat16 arithmetic: its instructions are "
+            f"{', '.join(target.instruction_sets) or 'none'}"
+        )
 
 
 def _clipping(engine: str, precision: str, path: Path, int8: Int8) -> Clipping | None:
@@ -135,7 +164,9 @@ def _check_given(int8: Int8, precision: str) -> None:
 
 
 def _requirement(engine: str) -> str:
-    return "'cveff[openvino]'" if engine == "openvino" else engine
+    if engine in PROVIDERS:
+        return f"{PROVIDERS[engine].wheel} in place of the onnxruntime that is here"
+    return {"openvino": "'cveff[openvino]'", "aot-inductor": "torch"}.get(engine, engine)
 
 
 def _reason(error: CveffError) -> str:

@@ -28,6 +28,7 @@ from cveff.measure.parity import relative_difference
 from cveff.model import Model
 from cveff.runtime.engines import open_file
 from cveff.runtime.errors import first_line
+from cveff.runtime.session import Session
 
 _log = logging.getLogger(__name__)
 
@@ -141,31 +142,34 @@ def difference(serialized: bytes, network: nn.Module, model: Model) -> float:
     Raises:
         ExportError: ONNX Runtime cannot run the file, or the logits have another shape or are not finite.
     """
-    name, worst = model.spec.architecture, 0.0
     try:
         with tempfile.TemporaryDirectory(prefix="cveff-export-") as folder:
             path = Path(folder) / "model.onnx"
             path.write_bytes(serialized)
             with open_file("onnxruntime", path, threads=0) as session:
-                for batch in (1, 3):
-                    images = example_images(batch, model)
-                    with torch.inference_mode():
-                        expected = network(torch.from_numpy(images)).numpy()
-                    if not np.isfinite(expected).all():
-                        raise ExportError(
-                            f"{name}: PyTorch's logits are not finite (nan or inf); check its weights"
-                        )
-                    logits = session(images)
-                    if logits.shape != expected.shape:
-                        raise ExportError(
-                            f"{name}: the ONNX file returns logits of shape {logits.shape} for a batch of {batch}, "
-                            f"PyTorch {expected.shape}; the network fixes its batch size somewhere"
-                        )
-                    worst = max(worst, relative_difference(logits, expected))
+                return session_difference(session, network, model)
     except EngineError as error:
         raise ExportError(
-            f"{name}: ONNX Runtime cannot run the exported file: {first_line(error)}"
+            f"{model.spec.architecture}: ONNX Runtime cannot run the exported file: {first_line(error)}"
         ) from error
+
+
+def session_difference(session: Session, network: nn.Module, model: Model) -> float:
+    """How far an open file is from PyTorch, at batch 1 and 3; arguments, result and errors as `difference`."""
+    name, worst = model.spec.architecture, 0.0
+    for batch in (1, 3):
+        images = example_images(batch, model)
+        with torch.inference_mode():
+            expected = network(torch.from_numpy(images)).numpy()
+        if not np.isfinite(expected).all():
+            raise ExportError(f"{name}: PyTorch's logits are not finite (nan or inf); check its weights")
+        logits = session(images)
+        if logits.shape != expected.shape:
+            raise ExportError(
+                f"{name}: the file returns logits of shape {logits.shape} for a batch of {batch}, "
+                f"PyTorch {expected.shape}; the network fixes its batch size somewhere"
+            )
+        worst = max(worst, relative_difference(logits, expected))
     return worst
 
 

@@ -9,16 +9,28 @@ from typing import Any
 
 from .errors import EngineError
 from .machine import usable_cores
+from .onnx_providers import PROVIDERS
 from .session import Session
 
-ENGINES = ("onnxruntime", "openvino")
+ENGINES = (
+    "onnxruntime",
+    "openvino",
+    "aot-inductor",
+    *PROVIDERS,
+)
 
-_SUFFIXES = {"onnxruntime": (".onnx",), "openvino": (".xml", ".onnx")}
+_MODULES = {"openvino": "openvino", "aot-inductor": "torch"}  # what is to be imported; of others onnxruntime
+_SUFFIXES = {"openvino": (".xml", ".onnx"), "aot-inductor": (".pt2",)}  # what they open; others .onnx
 
 
 def available_engines() -> tuple[str, ...]:
-    """Names of the engines that are installed here."""
-    return tuple(name for name in ENGINES if importlib.util.find_spec(name) is not None)
+    """Names of the engines that are installed here; of ONNX Runtime's providers, those it was built with."""
+    return tuple(name for name in ENGINES if _is_available(name))
+
+
+def opens(engine: str, path: str | Path) -> bool:
+    """Whether files with this name's suffix are of a kind that the engine opens."""
+    return Path(path).suffix in _SUFFIXES.get(engine, (".onnx",))
 
 
 def open_file(
@@ -27,9 +39,10 @@ def open_file(
     """Open a model file for prediction.
 
     Args:
-        engine: "onnxruntime" (`.onnx`) or "openvino" (`.xml` or `.onnx`).
+        engine: one of `ENGINES`: "onnxruntime" and its execution providers (`.onnx`), "openvino" (`.xml` or
+            `.onnx`), "aot-inductor" (`.pt2`).
         threads: threads of the engine; 0 means every core this process may use.
-        options: the engine's own: "graph_optimizations" of ONNX Runtime, "inference_precision" of OpenVINO.
+        options: the engine's own: those of `OnnxSession`, `OpenVinoSession`, `AotSession`.
 
     Raises:
         EngineError: unknown or not installed engine, unknown option, or a file it cannot open.
@@ -41,14 +54,29 @@ def open_file(
         raise EngineError(f"threads is {threads!r}; give a positive integer, or 0 for every core")
     if not path.is_file():
         raise EngineError(f"model file {path} does not exist; check the path")
-    if path.suffix not in _SUFFIXES[engine]:
-        raise EngineError(f"{engine} opens {' and '.join(_SUFFIXES[engine])} files, not {path.name}")
+    if not opens(engine, path):
+        kinds = " and ".join(_SUFFIXES.get(engine, (".onnx",)))
+        raise EngineError(f"{engine} opens {kinds} files, not {path.name}")
     threads = threads or usable_cores()
-    # Each engine's module is imported on use: a bundle needs one of them installed, not both.
-    if engine == "onnxruntime":
-        from .onnx_session import OnnxSession
+    # Each engine's module is imported on use: a bundle needs one of them installed, not all.
+    if engine == "openvino":
+        from .openvino_session import OpenVinoSession
 
-        return OnnxSession(path, threads, options)
-    from .openvino_session import OpenVinoSession
+        return OpenVinoSession(path, threads, options)
+    if engine == "aot-inductor":
+        from .aot_session import AotSession
 
-    return OpenVinoSession(path, threads, options)
+        return AotSession(path, threads, options)
+    from .onnx_session import OnnxSession
+
+    return OnnxSession(path, threads, options, engine)
+
+
+def _is_available(name: str) -> bool:
+    if importlib.util.find_spec(_MODULES.get(name, "onnxruntime")) is None:
+        return False
+    if name not in PROVIDERS:
+        return True
+    import onnxruntime
+
+    return PROVIDERS[name].name in onnxruntime.get_available_providers()
