@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from cveff.errors import CveffError, EngineError, ExportError, MissingDependencyError
 from cveff.export.candidates import Candidate
@@ -124,7 +124,8 @@ def _build_aot(precision: str, int8: Int8, target: Target, folder: Path) -> Path
     if precision not in ("fp32", "bf16"):
         raise ExportError(f"AOTInductor does not compile {precision}")
     _check_given(int8, precision)
-    if precision == "bf16":
+    kind: Literal["fp32", "bf16"] = "bf16" if precision == "bf16" else "fp32"
+    if kind == "bf16":
         _require_bfloat16(target)
     if set(target.instruction_sets) != set(isa()):
         raise ExportError(
@@ -134,7 +135,7 @@ def _build_aot(precision: str, int8: Int8, target: Target, folder: Path) -> Path
     from cveff.export.aot_inductor import compile_package
 
     path = folder / f"model.{precision}.pt2"
-    return path if path.exists() else compile_package(int8.model, path, precision=precision)
+    return path if path.exists() else compile_package(int8.model, path, precision=kind)
 
 
 def _require_bfloat16(target: Target) -> None:

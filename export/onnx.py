@@ -43,7 +43,7 @@ MAX_BYTES = 2**31 - 2**20
 """protobuf cannot hold more; the graph itself is given one MiB."""
 
 
-def export(model: Model, path: str | Path, *, opset: int = OPSET, check: bool = True) -> Path:
+def export(model: Model, path: str | Path, *, opset: int | None = None, check: bool = True) -> Path:
     """Write `model` as an ONNX file.
 
     The graph has one input `images` (N, H, W, C) uint8 with dynamic N, and one output `logits` (N, classes)
@@ -51,7 +51,7 @@ def export(model: Model, path: str | Path, *, opset: int = OPSET, check: bool = 
 
     Args:
         path: the file to write, atomically; conventionally `*.onnx`.
-        opset: version of the ONNX operator set; a network in bfloat16 gets 22 at least.
+        opset: version of the ONNX operator set, 20 by default; a network in bfloat16 gets 22 at least.
         check: run the file with ONNX Runtime at batch 1 and 3 and compare it with PyTorch.
 
     Returns:
@@ -62,7 +62,7 @@ def export(model: Model, path: str | Path, *, opset: int = OPSET, check: bool = 
             for TensorRT or in 16 bits, not what that takes), it is larger than 2 GB, or its logits differ from
             PyTorch's by more than `TOLERANCE`.
     """
-    path = Path(path)
+    path, opset = Path(path), OPSET if opset is None else opset
     _refuse_too_large(model)
     network = deployable(model.module, model.spec.input)
     if torch.bfloat16 in _types(network):
