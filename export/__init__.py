@@ -17,10 +17,22 @@ class _CallablePackage(ModuleType):
     def __call__(
         self, model: Model, path: str | Path, *, opset: int | None = None, check: bool = True
     ) -> Path:
-        """Write `model` as an ONNX file; see `cveff.export.onnx.export`."""
-        from cveff.export.onnx import OPSET, export
+        """Write `model` as an ONNX file, or by the name of `path` as AOTInductor's package (`.pt2`).
 
-        return export(model, path, opset=OPSET if opset is None else opset, check=check)
+        See `cveff.export.onnx.export` and `cveff.export.aot_inductor.compile_package`.
+        """
+        if Path(path).suffix == ".pt2":
+            from cveff.errors import ExportError
+            from cveff.export.aot_inductor import compile_package
+
+            if opset is not None:
+                raise ExportError(
+                    f"opset is of ONNX files, and {path} is a package of AOTInductor; leave it out"
+                )
+            return compile_package(model, path, check=check)
+        from cveff.export.onnx import export
+
+        return export(model, path, opset=opset, check=check)
 
 
 sys.modules[__name__].__class__ = _CallablePackage

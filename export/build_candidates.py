@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from cveff.errors import CveffError, EngineError, ExportError, MissingDependencyError
 from cveff.export.candidates import Candidate
@@ -16,6 +16,7 @@ from cveff.measure.size import size_bytes
 from cveff.progress import Progress
 from cveff.runtime.engines import available_engines, open_file
 from cveff.runtime.machine import isa
+from cveff.runtime.onnx_providers import PROVIDERS
 from cveff.runtime.session import Session
 from cveff.target import Target
 
@@ -60,7 +61,10 @@ def build_candidates(source: Path, target: Target, int8: Int8, folder: Path, pro
                 rounding=int8.described(path),
                 saturation=_clipping(engine, precision, path, int8),
             )
-            sessions[candidate.name] = open_file(engine, path, threads=candidate.threads, options=options)
+            session = open_file(engine, path, threads=candidate.threads, options=options)
+            sessions[candidate.name] = session
+            for note in session.notes:
+                progress.message(f"{candidate.name}: {note}")
         except CveffError as error:
             candidate = replace(candidate, error=_reason(error))
             progress.message(f"{candidate.name}: {candidate.error}")
@@ -85,23 +89,21 @@ def _build(
     """The candidate's file (built unless it is there already) and the engine's options."""
     if engine not in available_engines():
         raise MissingDependencyError(f"{engine} is not installed; pip install {_requirement(engine)}")
-    if engine == "onnxruntime":
+    if engine.startswith("onnxruntime"):
         return _build_onnx(precision, source, int8, target), {}
     if engine == "tensorrt":
         from cveff.export.tensorrt_candidate import build_candidate
 
         _check_given(int8, precision)
         return build_candidate(precision, source, int8, target.tensorrt)
+    if engine == "aot-inductor":
+        return _build_aot(precision, int8, target, folder), {}
     from cveff.export.openvino import Preset, convert, quantize_openvino
+    from cveff.export.openvino_streams import with_streams
 
     is_bf16 = precision.endswith("bf16")
-    if is_bf16 and not _BF16_ISA.intersection(isa()):
-        raise EngineError("this processor has no bfloat16 arithmetic")
-    if is_bf16 and not _BF16_ISA.intersection(target.instruction_sets):
-        raise EngineError(
-            f"target {target.name} has no bfloat16 arithmetic: its instructions are "
-            f"{', '.join(target.instruction_sets) or 'none'}"
-        )
+    if is_bf16:
+        _require_bfloat16(target)
     stored = precision.removesuffix("-bf16")
     _check_given(int8, stored)
     path = folder / (f"model.{stored}.xml" if stored.startswith("int8") else "model.xml")
@@ -114,7 +116,7 @@ def _build(
             )
         else:
             convert(source, path)
-    return path, {"inference_precision": "bf16" if is_bf16 else "f32"}
+    return path, with_streams(path, {"inference_precision": "bf16" if is_bf16 else "f32"}, target)
 
 
 def _build_onnx(precision: str, source: Path, int8: Int8, target: Target) -> Path:
@@ -128,6 +130,34 @@ def _build_onnx(precision: str, source: Path, int8: Int8, target: Target) -> Pat
 
 def _plan_bytes(engine: str, path: Path) -> int:
     return size_bytes(path.with_suffix(".plan")) if engine == "tensorrt" else 0
+
+
+def _build_aot(precision: str, int8: Int8, target: Target, folder: Path) -> Path:
+    if precision not in ("fp32", "bf16"):
+        raise ExportError(f"AOTInductor does not compile {precision}")
+    _check_given(int8, precision)
+    kind: Literal["fp32", "bf16"] = "bf16" if precision == "bf16" else "fp32"
+    if kind == "bf16":
+        _require_bfloat16(target)
+    if set(target.instruction_sets) != set(isa()):
+        raise ExportError(
+            f"AOTInductor compiles for the processor it runs on, and target {target.name} names another's "
+            "instructions; deploy on the device"
+        )
+    from cveff.export.aot_inductor import compile_package
+
+    path = folder / f"model.{precision}.pt2"
+    return path if path.exists() else compile_package(int8.model, path, precision=kind)
+
+
+def _require_bfloat16(target: Target) -> None:
+    if not _BF16_ISA.intersection(isa()):
+        raise EngineError("this processor has no bfloat16 arithmetic")
+    if not _BF16_ISA.intersection(target.instruction_sets):
+        raise EngineError(
+            f"target {target.name} has no bfloat16 arithmetic: its instructions are "
+            f"{', '.join(target.instruction_sets) or 'none'}"
+        )
 
 
 def _clipping(engine: str, precision: str, path: Path, int8: Int8) -> Clipping | None:
@@ -147,7 +177,10 @@ def _check_given(int8: Int8, precision: str) -> None:
 
 
 def _requirement(engine: str) -> str:
-    return f"'cveff[{engine}]'" if engine in ("openvino", "tensorrt") else engine
+    if engine in PROVIDERS:
+        return f"{PROVIDERS[engine].wheel} in place of the onnxruntime that is here"
+    extras = {name: f"'cveff[{name}]'" for name in ("openvino", "tensorrt")}
+    return {**extras, "aot-inductor": "torch"}.get(engine, engine)
 
 
 def _reason(error: CveffError) -> str:

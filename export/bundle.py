@@ -26,15 +26,18 @@ from cveff.runtime.manifest import (
     sha256,
     verify_files,
 )
+from cveff.runtime.onnx_providers import PROVIDERS
 
 SCHEMA_PATH = Path(__file__).with_name("manifest.schema.json")
 
 _RUNTIME = Path(cveff.runtime.__file__).parent
 _RESERVED = (FILE_NAME, "run.py", "requirements.txt", "report.html", "runtime", "triton")
 _DISTRIBUTIONS = {
-    "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
+    "onnxruntime": ("onnxruntime", "onnxruntime-gpu", "onnxruntime-qnn"),
     "openvino": ("openvino",),
     "tensorrt": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"),
+    "aot-inductor": ("torch",),
+    **{name: (provider.wheel,) for name, provider in PROVIDERS.items()},
 }
 _RUN_PY = '''\
 """Classify images with this bundle: python run.py IMAGE_OR_FOLDER... (--help lists the options)."""

@@ -12,6 +12,7 @@ from cveff.export.deploy_checks import Images
 from cveff.export.measure_candidates import Measured
 from cveff.export.scoring import REFERENCE
 from cveff.model import Model
+from cveff.runtime.engines import opens
 from cveff.runtime.machine import describe
 from cveff.target import Target
 
@@ -111,7 +112,9 @@ def _alternatives(candidates: Sequence[Candidate], threads: int) -> list[dict[st
     built = (c for c in candidates if c.engine == "onnxruntime" and c.file == ONNX and not c.error)
     # Of a model that came in quantized, `model.onnx` is the int8 file.
     entries = {"onnxruntime": next(built, Candidate("onnxruntime", "fp32", threads=threads))}
-    entries |= {c.engine: c for c in candidates if c.precision == "fp32" and not c.error}
+    entries |= {
+        c.engine: c for c in candidates if c.precision == "fp32" and not c.error and opens(c.engine, ONNX)
+    }
     return [_engine_entry(candidate, ONNX) for candidate in entries.values() if not candidate.chosen]
 
 

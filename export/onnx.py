@@ -28,6 +28,7 @@ from cveff.measure.parity import relative_difference
 from cveff.model import Model
 from cveff.runtime.engines import open_file
 from cveff.runtime.errors import first_line
+from cveff.runtime.session import Session
 
 _log = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ MAX_BYTES = 2**31 - 2**20
 """protobuf cannot hold more; the graph itself is given one MiB."""
 
 
-def export(model: Model, path: str | Path, *, opset: int = OPSET, check: bool = True) -> Path:
+def export(model: Model, path: str | Path, *, opset: int | None = None, check: bool = True) -> Path:
     """Write `model` as an ONNX file.
 
     The graph has one input `images` (N, H, W, C) uint8 with dynamic N, and one output `logits` (N, classes)
@@ -50,7 +51,7 @@ def export(model: Model, path: str | Path, *, opset: int = OPSET, check: bool = 
 
     Args:
         path: the file to write, atomically; conventionally `*.onnx`.
-        opset: version of the ONNX operator set; a network in bfloat16 gets 22 at least.
+        opset: version of the ONNX operator set, 20 by default; a network in bfloat16 gets 22 at least.
         check: run the file with ONNX Runtime at batch 1 and 3 and compare it with PyTorch.
 
     Returns:
@@ -61,7 +62,7 @@ def export(model: Model, path: str | Path, *, opset: int = OPSET, check: bool = 
             for TensorRT or in 16 bits, not what that takes), it is larger than 2 GB, or its logits differ from
             PyTorch's by more than `TOLERANCE`.
     """
-    path = Path(path)
+    path, opset = Path(path), OPSET if opset is None else opset
     _refuse_too_large(model)
     network = deployable(model.module, model.spec.input)
     if torch.bfloat16 in _types(network):
@@ -141,31 +142,34 @@ def difference(serialized: bytes, network: nn.Module, model: Model) -> float:
     Raises:
         ExportError: ONNX Runtime cannot run the file, or the logits have another shape or are not finite.
     """
-    name, worst = model.spec.architecture, 0.0
     try:
         with tempfile.TemporaryDirectory(prefix="cveff-export-") as folder:
             path = Path(folder) / "model.onnx"
             path.write_bytes(serialized)
             with open_file("onnxruntime", path, threads=0) as session:
-                for batch in (1, 3):
-                    images = example_images(batch, model)
-                    with torch.inference_mode():
-                        expected = network(torch.from_numpy(images)).numpy()
-                    if not np.isfinite(expected).all():
-                        raise ExportError(
-                            f"{name}: PyTorch's logits are not finite (nan or inf); check its weights"
-                        )
-                    logits = session(images)
-                    if logits.shape != expected.shape:
-                        raise ExportError(
-                            f"{name}: the ONNX file returns logits of shape {logits.shape} for a batch of {batch}, "
-                            f"PyTorch {expected.shape}; the network fixes its batch size somewhere"
-                        )
-                    worst = max(worst, relative_difference(logits, expected))
+                return session_difference(session, network, model)
     except EngineError as error:
         raise ExportError(
-            f"{name}: ONNX Runtime cannot run the exported file: {first_line(error)}"
+            f"{model.spec.architecture}: ONNX Runtime cannot run the exported file: {first_line(error)}"
         ) from error
+
+
+def session_difference(session: Session, network: nn.Module, model: Model) -> float:
+    """How far an open file is from PyTorch, at batch 1 and 3; arguments, result and errors as `difference`."""
+    name, worst = model.spec.architecture, 0.0
+    for batch in (1, 3):
+        images = example_images(batch, model)
+        with torch.inference_mode():
+            expected = network(torch.from_numpy(images)).numpy()
+        if not np.isfinite(expected).all():
+            raise ExportError(f"{name}: PyTorch's logits are not finite (nan or inf); check its weights")
+        logits = session(images)
+        if logits.shape != expected.shape:
+            raise ExportError(
+                f"{name}: the file returns logits of shape {logits.shape} for a batch of {batch}, "
+                f"PyTorch {expected.shape}; the network fixes its batch size somewhere"
+            )
+        worst = max(worst, relative_difference(logits, expected))
     return worst
 
 

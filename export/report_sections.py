@@ -17,7 +17,16 @@ from cveff.export.report_plots import Bar, Stage, confusion_matrix, layer_bars, 
 MAX_MATRIX_CLASSES = 30
 """Past this many classes the matrix is unreadable and the most confused pairs are listed instead."""
 MAX_BARS = 60
-ENGINE_NAMES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO", "tensorrt": "TensorRT"}
+ENGINE_NAMES = {
+    "onnxruntime": "ONNX Runtime",
+    "onnxruntime-cuda": "ONNX Runtime (CUDA)",
+    "onnxruntime-tensorrt": "ONNX Runtime (TensorRT)",
+    "onnxruntime-coreml": "ONNX Runtime (CoreML)",
+    "onnxruntime-qnn": "ONNX Runtime (QNN)",
+    "openvino": "OpenVINO",
+    "tensorrt": "TensorRT",
+    "aot-inductor": "AOTInductor",
+}
 THUMBNAIL = 128
 
 

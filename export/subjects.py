@@ -15,13 +15,15 @@ from cveff.errors import CveffError, EngineError
 from cveff.measure.predictor import Predictor, module_predictor
 from cveff.measure.size import module_bytes, size_bytes
 from cveff.model import Model, load
+from cveff.runtime.aot_session import read_package
 from cveff.runtime.engines import ENGINES, open_file
 from cveff.runtime.errors import InputSizeError
 from cveff.runtime.input_spec import InputSpec
 from cveff.runtime.machine import usable_cores
 from cveff.runtime.manifest import FILE_NAME, ModelFile, locate, model_files, read_manifest, verify_files
 
-_ENGINE_OF = {".onnx": "onnxruntime", ".xml": "openvino", ".plan": "tensorrt"}
+_ENGINES = {".onnx": "onnxruntime", ".xml": "openvino", ".plan": "tensorrt", ".pt2": "aot-inductor"}
+"""What opens a file where nothing else is asked for."""
 
 Source = Model | tuple[nn.Module, InputSpec] | str | Path
 
@@ -32,8 +34,8 @@ class Subject:
 
     Attributes:
         name: what tables call it.
-        kind: "module", "onnx", "openvino" or "bundle".
-        engine: "torch", "onnxruntime" or "openvino"; `options` are the engine's.
+        kind: "module", "onnx", "openvino", "aot-inductor" or "bundle".
+        engine: "torch", or one of `cveff.runtime.engines.ENGINES`; `options` are the engine's.
         precision: of a bundle's file; "" where unknown.
         predictor: uint8 NHWC -> logits.
         spec: what it takes; None for a file that does not say.
@@ -100,8 +102,8 @@ def open_subject(source: Source, *, threads: int | None = None, name: str | None
     """Open `source` for measuring.
 
     Args:
-        source: a `Model`; (module, its `InputSpec`); a folder written by `cveff.save`; a `.onnx` or `.xml`
-            file; a bundle. "openvino:FILE" and "onnxruntime:FILE" choose the engine of a file or a bundle.
+        source: a `Model`; (module, its `InputSpec`); a folder written by `cveff.save`; a `.onnx`, `.xml` or
+            `.pt2` file; a bundle. "openvino:FILE", "onnxruntime-cuda:FILE", … choose the engine of a file or a bundle.
         threads: of the engine; by default every core this process may use.
         name: what to call it.
 
@@ -129,11 +131,15 @@ def open_subject(source: Source, *, threads: int | None = None, name: str | None
             )
         model = load(path)
         return _module(model.module, model.spec.input, threads, name, model)
-    if path.suffix in _ENGINE_OF and path.is_file():
-        return _file(path, engine or _ENGINE_OF[path.suffix], threads, name)
+    if path.suffix in _ENGINES and path.is_file():
+        return _file(path, engine or _ENGINES[path.suffix], threads, name)
     if not path.exists():
-        raise CveffError(f"{path} does not exist; give a saved model, a .onnx or .xml file, or a bundle")
-    raise CveffError(f"{path} is no saved model, .onnx or .xml file, or bundle; cveff cannot measure it")
+        raise CveffError(
+            f"{path} does not exist; give a saved model, a .onnx, .xml or .pt2 file, or a bundle"
+        )
+    raise CveffError(
+        f"{path} is no saved model, .onnx, .xml or .pt2 file, or bundle; cveff cannot measure it"
+    )
 
 
 def _module(
@@ -158,7 +164,7 @@ def _file(path: Path, engine: str, threads: int, name: str) -> Subject:
     values = _metadata(path)
     return Subject(
         name=name,
-        kind={".onnx": "onnx", ".xml": "openvino", ".plan": "tensorrt"}[path.suffix],
+        kind="onnx" if path.suffix == ".onnx" else _ENGINES[path.suffix],
         engine=engine,
         predictor=session,
         threads=threads,
@@ -210,6 +216,8 @@ def _metadata(path: Path) -> dict[str, Any]:
         from cveff.export.metadata import read_metadata
 
         return read_metadata(onnx.load(path, load_external_data=False))
+    if path.suffix == ".pt2":
+        return read_package(path)
     from xml.etree import ElementTree
 
     values = ElementTree.parse(path).getroot().find("rt_info/framework")

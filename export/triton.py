@@ -22,6 +22,13 @@ MAX_BATCH_SIZE = 32
 MAX_QUEUE_DELAY_MICROSECONDS = 500
 """How long a request may wait for others to join its batch."""
 
+_ON_GPU = {
+    "onnxruntime-cuda": "",
+    "onnxruntime-tensorrt": "optimization { execution_accelerators {"
+    ' gpu_execution_accelerator [ { name: "tensorrt" } ] } }\n',
+}
+"""Engines that an instance on a GPU serves, and what its ONNX Runtime is told beyond that."""
+
 
 def write_triton(folder: Path, manifest: Mapping[str, Any], files: Mapping[str, Path]) -> None:
     """Write `folder/NAME/config.pbtxt`, `labels.txt` and `1/` with the model.
@@ -32,7 +39,7 @@ def write_triton(folder: Path, manifest: Mapping[str, Any], files: Mapping[str, 
         files: the bundle's model files: path inside the bundle -> file. External data of an ONNX file keeps
             its name beside it.
     """
-    chosen = model_files(manifest)[0]
+    chosen = served(manifest)
     name = model_name(manifest)
     version = folder / name / "1"
     version.mkdir(parents=True)
@@ -49,6 +56,12 @@ def write_triton(folder: Path, manifest: Mapping[str, Any], files: Mapping[str, 
     (folder / name / "config.pbtxt").write_text(config(manifest, name, chosen), encoding="utf-8")
 
 
+def served(manifest: Mapping[str, Any]) -> ModelFile:
+    """The file Triton serves: the bundle's choice, or the first that its ONNX Runtime or OpenVINO backend opens."""
+    files = model_files(manifest)
+    return next((file for file in files if file.engine != "aot-inductor"), files[0])
+
+
 def model_name(manifest: Mapping[str, Any]) -> str:
     """The model's name as Triton takes it in an address: letters, digits, `_`, `-` and `.`."""
     return re.sub(r"[^A-Za-z0-9_.-]+", "_", str(manifest["model"]["name"])).strip("._") or "model"
@@ -59,7 +72,7 @@ def config(manifest: Mapping[str, Any], name: str, chosen: ModelFile) -> str:
     spec = InputSpec.from_json(manifest["input"])
     image = [*spec.size, spec.channels]
     classes = [len(manifest["labels"])]
-    if chosen.engine == "onnxruntime":
+    if chosen.engine.startswith("onnxruntime"):
         return _onnxruntime(name, image, classes, chosen)
     return _openvino(name, image, classes, chosen)
 
@@ -79,7 +92,8 @@ def _onnxruntime(name: str, image: list[int], classes: list[int], chosen: ModelF
         + _tensors(image, classes)
         + "# Requests that arrive together run as one batch.\n"
         + f"dynamic_batching {{ max_queue_delay_microseconds: {MAX_QUEUE_DELAY_MICROSECONDS} }}\n"
-        + _instance()
+        + _instance("KIND_GPU" if chosen.engine in _ON_GPU else "KIND_CPU")
+        + _ON_GPU.get(chosen.engine, "")
         + ("" if optimized else "# 2: computed exactly as written, without graph optimisations.\n")
         + ("" if optimized else "optimization { graph { level: 2 } }\n")
         + _parameter("intra_op_thread_count", chosen.threads)
@@ -99,8 +113,8 @@ def _openvino(name: str, image: list[int], classes: list[int], chosen: ModelFile
         + _instance()
         + "# The backend cannot ask for float32: where the processor has bfloat16, OpenVINO uses that.\n"
         + bf16
-        + _parameter("PERFORMANCE_HINT", "LATENCY")
-        + _parameter("NUM_STREAMS", 1)
+        + _parameter("PERFORMANCE_HINT", chosen.options.get("performance_hint", "latency").upper())
+        + _parameter("NUM_STREAMS", chosen.options.get("streams", 1))
         + (_parameter("INFERENCE_NUM_THREADS", chosen.threads) if chosen.threads else "")
     )
 
@@ -113,8 +127,8 @@ def _tensors(image: list[int], logits: list[int]) -> str:
     )
 
 
-def _instance() -> str:
-    return "instance_group [ { count: 1 kind: KIND_CPU } ]\n"
+def _instance(kind: str = "KIND_CPU") -> str:
+    return f"instance_group [ {{ count: 1 kind: {kind} }} ]\n"
 
 
 def _parameter(key: str, value: Any) -> str:

@@ -23,6 +23,7 @@ from cveff.measure.parity import LayerParity, first_large_difference, largest_ri
 from cveff.measure.torch_parity import module_parity
 from cveff.model import Model
 from cveff.progress import Progress, Silent
+from cveff.runtime.aot_session import read_package
 from cveff.runtime.processor import processor_notes
 
 FLOAT_TOLERANCE = 1e-3
@@ -303,6 +304,8 @@ def _compare_layers(
     """Layers of what runs against layers of the original; none for a module against a module, or an IR."""
     if subject.path is None or (reference.path is not None and reference.path.suffix != ".onnx"):
         return []
+    if subject.engine == "aot-inductor":  # machine code has no layers to look into
+        return []
     if reference.path is not None:
         return _file_parity(reference.path, subject, images)
     if reference.model is None:
@@ -327,9 +330,11 @@ def _file_parity(original: Path, subject: Subject, images: np.ndarray) -> list[L
 
 
 def _precision(subject: Subject) -> str:
-    """int8 or fp32, from the file's operators; a module is what its weights are, taken as fp32."""
+    """What a file computes in, from its operators or as it says; a module is what its weights are, taken as fp32."""
     if subject.path is None:
         return "fp32"
+    if subject.engine == "aot-inductor":
+        return str(read_package(subject.path)["precision"])
     if subject.path.suffix == ".xml":
         return "int8" if "FakeQuantize" in subject.path.read_text(encoding="utf-8") else "fp32"
     import onnx

@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "tools" / "benchmarks"
 SCRIPTS = (
     "engines",
+    "aot_engines",
     "lite0",
     "fashion_mnist",
     "digits",

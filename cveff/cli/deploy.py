@@ -24,7 +24,13 @@ def register(app: typer.Typer) -> None:
             "cveff deploy mobilenetv4_conv_small --data photos/ --epochs 20 --out photos.bundle",
         )
     )(deploy)
-    app.command(epilog=examples("cveff export runs/digits --out digits.onnx"))(export)
+    app.command(
+        epilog=examples(
+            "cveff export runs/digits --out digits.onnx",
+            "cveff export runs/digits --out digits.pt2",
+            "cveff quantize runs/digits --precision fp16 --data digits --onnx digits.fp16.onnx",
+        )
+    )(export)
     app.command(
         epilog=examples("cveff run digits.bundle photo.png folder/ --top-k 3"),
         add_help_option=False,
@@ -111,7 +117,12 @@ def export(
     model: Annotated[
         str, typer.Argument(help="A saved model or run, a zoo card's name, or an architecture's name.")
     ],
-    out: Annotated[Path | None, typer.Option("--out", help="The ONNX file; by default MODEL.onnx.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", help="The file: .onnx, or .pt2 to compile it with AOTInductor; by default MODEL.onnx."
+        ),
+    ] = None,
     opset: Annotated[int | None, typer.Option("--opset", min=18, help="ONNX operator set.")] = None,
     check: Annotated[bool, typer.Option("--check/--no-check", help="Compare the file with PyTorch.")] = True,
     weights: options.Weights = None,
@@ -121,10 +132,12 @@ def export(
     quiet: options.Quiet = False,
     as_json: options.Json = False,
 ) -> None:
-    """Export to a checked ONNX file that takes uint8 images; normalisation is inside."""
+    """Export to a checked ONNX file that takes uint8 images; normalisation is inside.
+
+    In float32; `cveff quantize` writes files in fp16, bf16 and fewer bits.
+    """
     with working(quiet) as progress:
-        from cveff.export.onnx import OPSET
-        from cveff.export.onnx import export as write_onnx
+        import cveff
         from cveff.subject import open_model, read_labels
 
         opened = open_model(
@@ -135,7 +148,7 @@ def export(
             channels=options.number(channels),
         )
         progress.message(f"exporting {opened.spec.architecture}")
-        path = write_onnx(opened, out or Path(f"{Path(model).name}.onnx"), opset=opset or OPSET, check=check)
+        path = cveff.export(opened, out or Path(f"{Path(model).name}.onnx"), opset=opset, check=check)
     if as_json:
         return print_json(
             {"path": str(path), "bytes": path.stat().st_size, "input": opened.spec.input.to_json()}

@@ -24,7 +24,7 @@ def open(
 
     Args:
         path: the bundle's folder.
-        engine: "onnxruntime" or "openvino", to use another of the shipped files than the fastest one; where
+        engine: "onnxruntime", "openvino", …: to use another of the shipped files than the fastest one; where
             one engine has several files, "openvino:int8" picks by precision. "tensorrt" runs any ONNX file, built
             when it is first opened on a machine.
         threads: threads of the engine; by default those the bundle was measured with, but no more than this

@@ -27,7 +27,7 @@ class Engine:
         spec: what the model takes.
         labels: one name a class, in the order of the columns of the result.
         manifest: the whole manifest, checked; `file` is its entry that runs.
-        name: the engine in use, "onnxruntime", "openvino" or "tensorrt".
+        name: the engine in use, one of `engines.ENGINES`.
         precision: "fp32", "bf16" or one of int8's kinds; "" where the manifest does not say.
         threads: threads the engine uses.
         path: the bundle's folder.

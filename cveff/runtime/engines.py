@@ -9,16 +9,31 @@ from typing import Any
 
 from .errors import EngineError
 from .machine import usable_cores
+from .onnx_providers import PROVIDERS
 from .session import Session
 
-ENGINES = ("onnxruntime", "openvino", "tensorrt")
+ENGINES = (
+    "onnxruntime",
+    "openvino",
+    "tensorrt",
+    "aot-inductor",
+    *PROVIDERS,
+)
 
-_SUFFIXES = {"onnxruntime": (".onnx",), "openvino": (".xml", ".onnx"), "tensorrt": (".plan", ".onnx")}
+_MODULES = {"openvino": "openvino", "tensorrt": "tensorrt", "aot-inductor": "torch"}
+"""What is to be imported; of others onnxruntime."""
+_SUFFIXES = {"openvino": (".xml", ".onnx"), "tensorrt": (".plan", ".onnx"), "aot-inductor": (".pt2",)}
+"""What they open; others .onnx."""
 
 
 def available_engines() -> tuple[str, ...]:
-    """Names of the engines that are installed here."""
-    return tuple(name for name in ENGINES if importlib.util.find_spec(name) is not None)
+    """Names of the engines that are installed here; of ONNX Runtime's providers, those it was built with."""
+    return tuple(name for name in ENGINES if _is_available(name))
+
+
+def opens(engine: str, path: str | Path) -> bool:
+    """Whether files with this name's suffix are of a kind that the engine opens."""
+    return Path(path).suffix in _SUFFIXES.get(engine, (".onnx",))
 
 
 def open_file(
@@ -27,11 +42,11 @@ def open_file(
     """Open a model file for prediction.
 
     Args:
-        engine: "onnxruntime" (`.onnx`), "openvino" (`.xml` or `.onnx`) or "tensorrt" (`.onnx`, built into a plan when
-            it is first opened on a machine, or `.plan`).
+        engine: one of `ENGINES`: "onnxruntime" and its execution providers (`.onnx`), "openvino" (`.xml` or
+            `.onnx`), "tensorrt" (`.onnx`, built into a plan when it is first opened on a machine, or `.plan`),
+            "aot-inductor" (`.pt2`).
         threads: threads of the engine; 0 means every core this process may use.
-        options: the engine's own: "graph_optimizations" of ONNX Runtime, "inference_precision" of OpenVINO, how a
-            TensorRT plan is built (`TensorRT`'s fields).
+        options: the engine's own: those of `OnnxSession`, `OpenVinoSession`, `TensorRTSession`, `AotSession`.
 
     Raises:
         EngineError: unknown or not installed engine, unknown option, or a file it cannot open.
@@ -43,18 +58,33 @@ def open_file(
         raise EngineError(f"threads is {threads!r}; give a positive integer, or 0 for every core")
     if not path.is_file():
         raise EngineError(f"model file {path} does not exist; check the path")
-    if path.suffix not in _SUFFIXES[engine]:
-        raise EngineError(f"{engine} opens {' and '.join(_SUFFIXES[engine])} files, not {path.name}")
+    if not opens(engine, path):
+        kinds = " and ".join(_SUFFIXES.get(engine, (".onnx",)))
+        raise EngineError(f"{engine} opens {kinds} files, not {path.name}")
     threads = threads or usable_cores()
-    # Each engine's module is imported on use: a bundle needs one of them installed, not both.
-    if engine == "onnxruntime":
-        from .onnx_session import OnnxSession
+    # Each engine's module is imported on use: a bundle needs one of them installed, not all.
+    if engine == "openvino":
+        from .openvino_session import OpenVinoSession
 
-        return OnnxSession(path, threads, options)
+        return OpenVinoSession(path, threads, options)
     if engine == "tensorrt":
         from .tensorrt_session import TensorRTSession
 
         return TensorRTSession(path, threads, options)
-    from .openvino_session import OpenVinoSession
+    if engine == "aot-inductor":
+        from .aot_session import AotSession
 
-    return OpenVinoSession(path, threads, options)
+        return AotSession(path, threads, options)
+    from .onnx_session import OnnxSession
+
+    return OnnxSession(path, threads, options, engine)
+
+
+def _is_available(name: str) -> bool:
+    if importlib.util.find_spec(_MODULES.get(name, "onnxruntime")) is None:
+        return False
+    if name not in PROVIDERS:
+        return True
+    import onnxruntime
+
+    return PROVIDERS[name].name in onnxruntime.get_available_providers()

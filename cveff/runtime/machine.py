@@ -34,6 +34,24 @@ ISA_FLAGS = (
 )
 """Instruction sets that decide how fast, and on some engines how accurately, a quantized network runs."""
 
+_CODE = (
+    "avx",
+    "amx",
+    "fma",
+    "f16c",
+    "bmi",
+    "sse",
+    "ssse",
+    "gfni",
+    "vaes",
+    "vpclmul",
+    "sha",
+    "movbe",
+    "adx",
+    "abm",
+)
+"""How those of an x86 processor's flags begin that a compiler may use; on Arm all of them are of that kind."""
+
 _VNNI = frozenset({"avx_vnni", "avx512_vnni"})
 
 
@@ -66,6 +84,19 @@ def missing_isa(measured: Iterable[str]) -> list[str]:
     """Instruction sets among `measured` that this processor lacks; empty where the system does not tell."""
     own = isa()
     return [flag for flag in measured if flag not in own] if own else []
+
+
+def code_flags() -> list[str]:
+    """Flags of this processor that code compiled for it may rely on; empty where the system does not tell."""
+    lines = _cpu_lines()
+    x86 = [flag for flag in lines.get("flags", "").split() if flag.startswith(_CODE)]
+    return sorted(x86 or lines.get("Features", "").split())
+
+
+def missing_code_flags(compiled: Iterable[str]) -> list[str]:
+    """Those of a file's `code_flags` that this processor lacks; empty where the system does not tell."""
+    own = code_flags()
+    return [flag for flag in compiled if flag not in own] if own else []
 
 
 def saturates(instructions: Iterable[str]) -> bool:

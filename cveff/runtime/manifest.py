@@ -43,7 +43,7 @@ class ModelFile:
     """One way to run the bundle: a file, the engine for it and the settings it was measured with.
 
     Attributes:
-        engine: "onnxruntime", "openvino" or "tensorrt".
+        engine: one of `engines.ENGINES`.
         file: path inside the bundle.
         threads: threads it was measured with.
         options: the engine's options, as `open_file` takes them.

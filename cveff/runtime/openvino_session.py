@@ -15,9 +15,13 @@ from typing import Any
 import numpy as np
 
 from .errors import EngineError
-from .session import Session, check_options, engine_message
+from .session import Choices, Session, check_options, engine_message
 
-OPTIONS = {"inference_precision": ("f32", "bf16", "f16")}
+OPTIONS: Mapping[str, Choices] = {
+    "inference_precision": ("f32", "bf16", "f16"),
+    "performance_hint": ("latency", "throughput"),
+    "streams": range(1, 1025),
+}
 
 MAX_SPECIALISED = 4
 """Batch sizes that get their own compiled network, each with its own copy of the weights; and size 1."""
@@ -32,6 +36,9 @@ class OpenVinoSession(Session):
     Options:
         inference_precision: arithmetic of the parts that are not int8. Always set, "f32" by default: left
             alone, OpenVINO computes in bfloat16 or float16 where the processor can, and does not say so.
+        performance_hint: "latency" (the default) runs a batch on all threads together. "throughput" divides the
+            threads into streams and a batch among them: for batches, and never for single images.
+        streams: how many with "throughput"; by default one a thread, and never more.
     """
 
     engine = "openvino"
@@ -39,13 +46,19 @@ class OpenVinoSession(Session):
     def __init__(self, path: Path, threads: int, options: Mapping[str, Any] | None = None) -> None:
         super().__init__(path, threads)
         chosen = check_options(self.engine, options, OPTIONS)
+        hint = chosen.get("performance_hint", "latency")
+        if hint == "latency" and "streams" in chosen:
+            raise EngineError(
+                'option streams of openvino goes with performance_hint "throughput"; leave it out'
+            )
+        self._streams = 1 if hint == "latency" else min(chosen.get("streams", threads), threads)
         try:
             import openvino
         except ImportError as error:
             raise EngineError(f"OpenVINO is not installed ({error}); pip install openvino") from error
         self._settings = {
-            "PERFORMANCE_HINT": "LATENCY",
-            "NUM_STREAMS": "1",
+            "PERFORMANCE_HINT": hint.upper(),
+            "NUM_STREAMS": str(self._streams),
             "INFERENCE_NUM_THREADS": threads,
             "INFERENCE_PRECISION_HINT": chosen.get("inference_precision", "f32"),
         }
@@ -58,7 +71,7 @@ class OpenVinoSession(Session):
         inputs, outputs = self._model.inputs, self._model.outputs
         output = next((item for item in outputs if "logits" in item.get_names()), outputs[0])
         self._output = outputs.index(output)
-        self._requests: dict[int, Any] = {}  # by batch size
+        self._requests: dict[int, Any] = {}  # by batch size, one request for each stream
         self._last_batch = 0
         self._lock = threading.Lock()  # an infer request holds its own buffers: one caller at a time
         self._describe(
@@ -73,17 +86,26 @@ class OpenVinoSession(Session):
                 raise EngineError(f"{self.path.name} was closed; open it again")
             try:
                 logits, start = [], 0
-                for size in self._parts(len(images)):
-                    logits.append(self._infer(images[start : start + size]))
-                    start += size
+                for size, count in self._rounds(len(images)):
+                    stop = start + size * count
+                    logits += self._infer(np.split(images[start:stop], count))
+                    start = stop
             except Exception as error:
                 raise EngineError(
                     f"OpenVINO failed while running {self.path}: {engine_message(error)}"
                 ) from error
         return logits[0] if len(logits) == 1 else np.concatenate(logits)
 
+    def _rounds(self, batch: int) -> list[tuple[int, int]]:
+        """(size, count): parts of one size, as many as there are streams or fewer, that run at once."""
+        if self.batch is not None:
+            return [(batch, 1)]
+        share, rest = divmod(batch, self._streams)
+        rounds = [(size, self._streams) for size in self._parts(share)] if share else []
+        return [*rounds, (1, rest)] if rest else rounds
+
     def _parts(self, batch: int) -> list[int]:
-        """The sizes, together `batch`, in which to run a batch."""
+        """The sizes, together `batch`, in which a stream runs its share."""
         comes_again = not self._requests or batch == self._last_batch
         self._last_batch = batch
         if batch in self._requests or (comes_again and len(self._requests) < MAX_SPECIALISED):
@@ -94,19 +116,29 @@ class OpenVinoSession(Session):
             parts += [size] * count
         return parts
 
-    def _infer(self, images: np.ndarray) -> np.ndarray:
-        request = self._requests.get(len(images))
-        if request is None:
-            request = self._requests[len(images)] = self._compile(len(images))
-        request.infer([images], share_inputs=True)
-        return np.array(request.get_output_tensor(self._output).data, np.float32)
+    def _infer(self, parts: list[np.ndarray]) -> list[np.ndarray]:
+        """Logits of parts of one size."""
+        size = len(parts[0])
+        requests = self._requests.get(size)
+        if requests is None:
+            requests = self._requests[size] = self._compile(size)
+        running = requests[: len(parts)]
+        if len(parts) == 1:
+            running[0].infer(parts, share_inputs=True)
+        else:
+            for request, part in zip(running, parts, strict=True):
+                request.start_async([part], share_inputs=True)
+            for request in running:
+                request.wait()
+        return [np.array(request.get_output_tensor(self._output).data, np.float32) for request in running]
 
-    def _compile(self, batch: int) -> Any:
+    def _compile(self, batch: int) -> list[Any]:
         model = self._model
         if self.batch is None:
             model = model.clone()
             model.reshape([batch, *(-1 if size is None else size for size in self._input_shape[1:])])
-        return self._core.compile_model(model, "CPU", self._settings).create_infer_request()
+        compiled = self._core.compile_model(model, "CPU", self._settings)
+        return [compiled.create_infer_request() for _ in range(self._streams)]
 
     def _release(self) -> None:
         with self._lock:

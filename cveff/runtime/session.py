@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
@@ -13,6 +13,9 @@ from .errors import EngineError, InputSizeError
 
 Dimension = int | None
 """One dimension of a tensor; None where the file leaves it open."""
+
+Choices = tuple[Any, ...] | range | type[str]
+"""What an option may be: one of these values, an integer of this range, or any text."""
 
 
 class Session(ABC):
@@ -26,9 +29,10 @@ class Session(ABC):
         channels: channels the file takes; None where it leaves them open.
         batch: the only batch size the file takes; None where any will do.
         num_classes: width of the logits; None where the file leaves it open.
+        notes: what a user should know of how the engine runs this file, such as work that it left to the CPU.
     """
 
-    engine: ClassVar[str]
+    engine: str
 
     def __init__(self, path: Path, threads: int) -> None:
         self.path = path
@@ -37,6 +41,7 @@ class Session(ABC):
         self.channels: Dimension = None
         self.batch: Dimension = None
         self.num_classes: Dimension = None
+        self.notes: tuple[str, ...] = ()
         self._input_shape: tuple[Dimension, ...] = (None, None, None, None)
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
@@ -133,7 +138,7 @@ class Session(ABC):
 
 
 def check_options(
-    engine: str, options: Mapping[str, Any] | None, known: Mapping[str, Sequence[Any]]
+    engine: str, options: Mapping[str, Any] | None, known: Mapping[str, Choices]
 ) -> dict[str, Any]:
     """`options` as a dict, after checking its keys and values against those the engine knows.
 
@@ -144,9 +149,24 @@ def check_options(
     for key, value in options.items():
         if key not in known:
             raise EngineError(f"{engine} has no option {key!r}; known: {', '.join(sorted(known))}")
-        if value not in known[key]:
-            raise EngineError(f"option {key} of {engine} is {value!r}; use one of {list(known[key])}")
+        if not _fits(value, known[key]):
+            raise EngineError(f"option {key} of {engine} is {value!r}; {_advised(known[key])}")
     return options
+
+
+def _fits(value: Any, choices: Choices) -> bool:
+    if isinstance(choices, range):
+        return isinstance(value, int) and not isinstance(value, bool) and value in choices
+    if isinstance(choices, tuple):
+        # By type as well: True is not the option 1.
+        return any(type(value) is type(choice) and value == choice for choice in choices)
+    return isinstance(value, choices)
+
+
+def _advised(choices: Choices) -> str:
+    if isinstance(choices, range):
+        return f"give an integer from {choices.start} to {choices.stop - 1}"
+    return f"use one of {list(choices)}" if isinstance(choices, tuple) else "give text"
 
 
 def engine_message(error: BaseException) -> str:

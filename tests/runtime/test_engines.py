@@ -13,6 +13,7 @@ import pytest
 from cveff.errors import EngineError, InputSizeError
 from cveff.runtime import engines, machine, openvino_session
 from cveff.runtime.engines import available_engines, open_file
+from cveff.runtime.onnx_providers import PROVIDERS
 from cveff.runtime.session import Session
 
 RNG = np.random.default_rng(0)
@@ -170,7 +171,7 @@ def test_openvino_is_told_every_setting(tiny_xml: Path, monkeypatch: pytest.Monk
         options = {} if precision == "f32" else {"inference_precision": precision}
         session = openvino_session.OpenVinoSession(tiny_xml, 1, options)
         session(IMAGES[:1])
-        compiled = session._requests[1].get_compiled_model()
+        compiled = session._requests[1][0].get_compiled_model()
         assert compiled.get_property("INFERENCE_NUM_THREADS") == 1
         assert compiled.get_property("NUM_STREAMS") == 1
         assert str(compiled.get_property("PERFORMANCE_HINT")).endswith("LATENCY")
@@ -222,4 +223,44 @@ def test_a_missing_engine_says_how_to_install_it(
 def test_available_engines_are_those_that_open(tiny_onnx: Path) -> None:
     assert set(available_engines()) <= set(engines.ENGINES)
     for name in available_engines():
-        open_file(name, tiny_onnx, threads=1).close()
+        if engines.opens(name, tiny_onnx):
+            open_file(name, tiny_onnx, threads=1).close()
+
+
+def test_a_provider_is_an_engine_only_where_onnx_runtime_was_built_with_it() -> None:
+    import onnxruntime
+
+    for name, provider in PROVIDERS.items():
+        assert (name in available_engines()) == (provider.name in onnxruntime.get_available_providers())
+
+
+@pytest.mark.parametrize("streams", [1, 2, 3])
+def test_openvino_streams_divide_a_batch_and_answer_the_same(tiny_xml: Path, streams: int) -> None:
+    images = RNG.integers(0, 256, (12, 32, 40, 3), dtype=np.uint8)
+    with openvino_session.OpenVinoSession(tiny_xml, 2) as session:
+        expected = np.concatenate([session(image[None]) for image in images])
+    options = {"performance_hint": "throughput", "streams": streams}
+    with openvino_session.OpenVinoSession(tiny_xml, 2, options) as session:
+        for size in [12, 7, 7, 1, 2, 5, 11]:
+            np.testing.assert_array_equal(session(images[:size]), expected[:size])
+        used = min(streams, 2)  # there are two threads
+        compiled = session._requests[12 // used][0].get_compiled_model()
+        assert compiled.get_property("NUM_STREAMS") == used
+        assert len(session._requests[12 // used]) == used
+
+
+def test_openvino_streams_want_the_throughput_hint_and_are_one_a_thread(
+    tiny_xml: Path, tmp_path: Path, onnx_maker: Callable[..., Path]
+) -> None:
+    with pytest.raises(EngineError, match='streams of openvino goes with performance_hint "throughput"'):
+        open_file("openvino", tiny_xml, threads=1, options={"streams": 2})
+    with pytest.raises(EngineError, match="streams of openvino is 0; give an integer from 1 to 1024"):
+        open_file("openvino", tiny_xml, threads=1, options={"performance_hint": "throughput", "streams": 0})
+    options = {"performance_hint": "throughput"}
+    with open_file(
+        "openvino", onnx_maker(tmp_path / "two.onnx", batch=2), threads=2, options=options
+    ) as fixed:
+        assert fixed(IMAGES[:2]).shape == (2, 5)
+    with openvino_session.OpenVinoSession(tiny_xml, 2, options) as session:
+        session(IMAGES[:4])
+        assert len(session._requests[2]) == 2
