@@ -87,7 +87,7 @@ def quantize_step(settings: Mapping[str, Any], target: Target | None = None) -> 
 
     Args:
         settings: by `Quantize`'s names.
-        target: whose first engine for int8 the scheme is, unless `settings` has one.
+        target: gives the scheme of int8, unless `settings` has one.
 
     Raises:
         RecipeError: a setting is unknown or out of range, or the precision takes no notice of it.
@@ -97,8 +97,7 @@ def quantize_step(settings: Mapping[str, Any], target: Target | None = None) -> 
     if idle:
         raise RecipeError(f"{idle[0]} has no effect on {step.precision}; remove it")
     if step.precision in ("int8", "auto") and "scheme" not in settings and target is not None:
-        engines = [engine for engine, precision in target.candidates if precision.startswith("int8")]
-        return replace(step, scheme="openvino" if engines[:1] == ["openvino"] else "cpu")
+        return replace(step, scheme=target.int8_scheme)
     return step
 
 

@@ -13,7 +13,7 @@ from cveff.data.dataset import Data
 from cveff.log import Log, NoLog
 from cveff.model import Model
 from cveff.progress import Progress, Silent
-from cveff.target import Target
+from cveff.target import CHANNEL_MULTIPLE, Target
 
 
 class ModelTimer(Protocol):
@@ -69,6 +69,11 @@ class Run:
     folder: Path | None = None
     resume: bool = False
     timer: ModelTimer | None = None
+
+    @property
+    def channel_multiple(self) -> int:
+        """What channels and ranks are multiples of: the target's, or what suits most engines."""
+        return CHANNEL_MULTIPLE if self.target is None else self.target.channel_multiple
 
 
 @runtime_checkable

@@ -3,17 +3,49 @@
 from __future__ import annotations
 
 import tomllib
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
-from cveff.errors import EngineError, TargetError
-from cveff.runtime.machine import ISA_FLAGS, isa, usable_cores
-from cveff.runtime.tensorrt_settings import TensorRT, settings_from
+from cveff.errors import EngineError, RecipeError, TargetError
+from cveff.runtime.engines import available_engines
+from cveff.runtime.machine import ISA_FLAGS, isa, missing_isa, usable_cores
+from cveff.runtime.tensorrt_settings import TensorRT, check_settings
+from cveff.schema import parse
 
-_ENGINES = ("onnxruntime", "openvino", "tensorrt")
-_PRECISIONS = ("fp32", "fp16", "bf16", "fp8", "int8", "int8-mixed", "int8-asymmetric", "int8-bf16")
+_PROVIDER = ("fp32", "fp16", "int8")
+PRECISIONS: Mapping[str, tuple[str, ...]] = {
+    "onnxruntime": ("fp32", "fp16", "int8", "int8-mixed"),
+    "openvino": ("fp32", "bf16", "int8", "int8-asymmetric", "int8-bf16"),
+    "tensorrt": ("fp32", "fp16", "bf16", "int8", "fp8"),
+    "aot-inductor": ("fp32", "bf16"),
+    "onnxruntime-cuda": _PROVIDER,
+    "onnxruntime-tensorrt": _PROVIDER,
+    "onnxruntime-coreml": _PROVIDER,
+    "onnxruntime-qnn": _PROVIDER,
+}
+"""Engines a target may name, and the precisions each has."""
+
+Scheme = Literal["cpu", "cpu-signed", "openvino", "tensorrt"]
+"""What an engine asks of int8. "cpu-signed" is "cpu" with symmetric signed activations (Arm); in "openvino" those with
+negative values are symmetric and signed, so that no zero point has to be subtracted."""
+
+_SCHEMES: Mapping[str, Scheme] = {
+    "openvino": "openvino",
+    "tensorrt": "tensorrt",
+    "onnxruntime-tensorrt": "tensorrt",
+}
+
+CHANNEL_MULTIPLE = 8
+"""Channels and ranks are multiples of this unless a target says otherwise: engines compute channels in blocks."""
+
 _PROFILES = Path(__file__).parent / "export" / "targets"
+
+
+def _check(key: str, value: object, is_right: bool, wanted: str) -> None:
+    if not is_right:
+        raise TargetError(f"{key}: {value!r} cannot be used; give {wanted}")
 
 
 @dataclass(frozen=True)
@@ -22,16 +54,19 @@ class Target:
 
     Attributes:
         name, description: for people.
-        candidates: (engine, precision) pairs that `deploy` builds, measures and chooses from. Engines:
-            "onnxruntime", "openvino", "tensorrt"; precisions: "fp32", "bf16", "int8"; for TensorRT also
-            "fp16", "fp8"; for ONNX Runtime also "int8-mixed" (layers that are faster in floats, or lose too much, stay
-            there); for OpenVINO also "int8-asymmetric" (zero points for activations) and "int8-bf16" (bfloat16 for
-            what is not quantized).
+        candidates: (engine, precision) pairs that `deploy` builds, measures and chooses from, out of `PRECISIONS`.
+            "int8-mixed": layers that are faster in floats, or lose too much, stay there; "int8-asymmetric": zero points
+            for activations; "int8-bf16": bfloat16 for what is not quantized.
         threads: threads of the engine; 0 means every core this process may use.
         batch_sizes: batch sizes that are measured; the first decides which candidate is fastest.
         memory_mb: limit on the peak resident memory of a fresh process that runs the file, in MiB; 0: none.
         instructions: those of `ISA_FLAGS` that the device has; None: those of this machine.
+        scheme: how `quantize` rounds for the device; None: as its first engine for int8 asks.
+        channel_multiple: channels and ranks that compression leaves are multiples of this.
         tensorrt: how TensorRT plans are built.
+
+    Raises:
+        TargetError: at construction, for a value that cannot be used.
     """
 
     name: str
@@ -41,7 +76,61 @@ class Target:
     batch_sizes: tuple[int, ...] = (1, 8)
     memory_mb: int = 0
     instructions: tuple[str, ...] | None = None
-    tensorrt: TensorRT = field(default_factory=TensorRT)
+    scheme: Scheme | None = None
+    channel_multiple: int = CHANNEL_MULTIPLE
+    tensorrt: TensorRT = TensorRT()
+
+    def __post_init__(self) -> None:
+        _check("candidates", list(self.candidates), len(self.candidates) > 0, "[engine, precision] pairs")
+        for engine, precision in self.candidates:
+            _check("candidates", engine, engine in PRECISIONS, f"an engine out of {', '.join(PRECISIONS)}")
+            known = PRECISIONS[engine]
+            _check(
+                "candidates",
+                [engine, precision],
+                precision in known,
+                f"a precision out of {', '.join(known)} to {engine}",
+            )
+        sizes = self.batch_sizes
+        _check("batch_sizes", list(sizes), bool(sizes) and min(sizes) >= 1, "positive integers")
+        _check("threads", self.threads, self.threads >= 0, "an integer of 0 or more")
+        _check("memory_mb", self.memory_mb, self.memory_mb >= 0, "an integer of 0 or more")
+        _check("channel_multiple", self.channel_multiple, self.channel_multiple >= 1, "1 or more channels")
+        if self.instructions is not None:
+            wrong = [name for name in self.instructions if name not in ISA_FLAGS]
+            _check(
+                "instructions",
+                wrong,
+                not wrong,
+                f"names out of {', '.join(ISA_FLAGS)}, or leave the key out for those of the machine that deploys",
+            )
+            ordered = tuple(name for name in ISA_FLAGS if name in self.instructions)
+            object.__setattr__(self, "instructions", ordered)
+        try:
+            check_settings(self.tensorrt)
+        except EngineError as error:
+            raise TargetError(str(error)) from error
+        if "tensorrt" in self.engines:
+            least, _, most = self.tensorrt.batches
+            _check(
+                "batch_sizes",
+                list(sizes),
+                least <= min(sizes) and max(sizes) <= most,
+                f"sizes from {least} to {most}, which tensorrt.batches allows, or widen that",
+            )
+
+    @property
+    def engines(self) -> tuple[str, ...]:
+        """Engines of the candidates, each once."""
+        return tuple(dict.fromkeys(engine for engine, _ in self.candidates))
+
+    @property
+    def int8_scheme(self) -> Scheme:
+        """How int8 is rounded for the device: `scheme`, or what the first engine for int8 asks."""
+        if self.scheme is not None:
+            return self.scheme
+        engines = (engine for engine, precision in self.candidates if precision.startswith("int8"))
+        return _SCHEMES.get(next(engines, ""), "cpu")
 
     @property
     def instruction_sets(self) -> tuple[str, ...]:
@@ -54,11 +143,22 @@ class Target:
         return self.threads or usable_cores()
 
 
+def obstacles(target: Target) -> tuple[str, ...]:
+    """What a target asks for and this machine lacks, engines and instruction sets, a line each; nothing: it has all."""
+    here = available_engines()
+    engines = [engine for engine in target.engines if engine not in here]
+    instructions = missing_isa(target.instructions or ())
+    return (
+        *([f"does not run {', '.join(engines)}"] if engines else []),
+        *([f"has no {', '.join(instructions)}"] if instructions else []),
+    )
+
+
 def load_target(target: str | Path | Target) -> Target:
     """A profile by name (`export/targets/NAME.toml`) or from a user's own TOML file.
 
     Raises:
-        TargetError: no such profile, or a key is unknown or has a wrong type.
+        TargetError: no such profile, or a key is unknown, missing or has a value that cannot be used.
     """
     if isinstance(target, Target):
         return target
@@ -69,65 +169,13 @@ def load_target(target: str | Path | Target) -> Target:
         )
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
+        return parse(Target, values, str(path))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise TargetError(f"{path}: not valid TOML: {error}") from error
-    return _validated(values, path)
+    except RecipeError as error:
+        raise TargetError(str(error)) from error
 
 
 def target_names() -> list[str]:
     """Names of the profiles that come with cveff."""
     return sorted(path.stem for path in _PROFILES.glob("*.toml"))
-
-
-def _validated(values: dict[str, Any], path: Path) -> Target:
-    unknown = set(values) - {item.name for item in fields(Target)}
-    if unknown:
-        raise TargetError(f"{path}: unknown keys {sorted(unknown)}")
-    for key in ("name", "description", "candidates"):
-        if key not in values:
-            raise TargetError(f"{path}: {key} is missing")
-    pairs = []
-    for pair in values["candidates"]:
-        is_pair = isinstance(pair, list) and len(pair) == 2
-        if not is_pair or pair[0] not in _ENGINES or pair[1] not in _PRECISIONS:
-            raise TargetError(
-                f"{path}: candidates holds {pair!r}; give [engine, precision] with engine {', '.join(_ENGINES)} "
-                f"and precision {', '.join(_PRECISIONS)}"
-            )
-        pairs.append((pair[0], pair[1]))
-    sizes = tuple(values.get("batch_sizes", (1, 8)))
-    if not sizes or any(not isinstance(size, int) or size < 1 for size in sizes):
-        raise TargetError(f"{path}: batch_sizes is {list(sizes)!r}; give positive integers")
-    for key in ("threads", "memory_mb"):
-        if not isinstance(values.get(key, 0), int) or values.get(key, 0) < 0:
-            raise TargetError(f"{path}: {key} is {values[key]!r}; give an integer of 0 or more")
-    return Target(
-        name=str(values["name"]),
-        description=str(values["description"]),
-        candidates=tuple(pairs),
-        threads=values.get("threads", 0),
-        batch_sizes=sizes,
-        memory_mb=values.get("memory_mb", 0),
-        instructions=_instructions(values["instructions"], path) if "instructions" in values else None,
-        tensorrt=_tensorrt(values.get("tensorrt", {}), path),
-    )
-
-
-def _instructions(names: Any, path: Path) -> tuple[str, ...]:
-    """In the order of `ISA_FLAGS`, each once."""
-    wrong = names if not isinstance(names, list) else [name for name in names if name not in ISA_FLAGS]
-    if not isinstance(names, list) or wrong:
-        raise TargetError(
-            f"{path}: instructions: {wrong!r} cannot be used; give a list out of {', '.join(ISA_FLAGS)}, or leave "
-            "the key out for those of the machine that deploys"
-        )
-    return tuple(name for name in ISA_FLAGS if name in names)
-
-
-def _tensorrt(values: Any, path: Path) -> TensorRT:
-    if not isinstance(values, dict):
-        raise TargetError(f"{path}: tensorrt is {values!r}; give a table, [tensorrt]")
-    try:
-        return settings_from(values, TensorRT.version)
-    except EngineError as error:
-        raise TargetError(f"{path}: {error}") from None

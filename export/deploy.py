@@ -142,6 +142,7 @@ def deploy(
             work,
             images.selection,
             max_accuracy_drop,
+            scheme="cpu-signed" if target.scheme == "cpu-signed" else "cpu",
             clips=saturates(target.instruction_sets),
             seed=seed,
             progress=progress,

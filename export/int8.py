@@ -28,7 +28,7 @@ from cveff.export.onnx import export
 from cveff.export.timer import EngineTimer
 from cveff.model import Model
 from cveff.progress import Progress, Silent
-from cveff.target import Target
+from cveff.target import Scheme, Target
 
 BATCH = 32
 ENOUGH = 0.67
@@ -51,6 +51,7 @@ class Int8:
         folder: where files are written.
         selection: images that mixed precision is chosen by.
         max_accuracy_drop: points on them that it may lose.
+        scheme: how tensors are rounded in files for ONNX Runtime (`cveff.target.Scheme`).
         clips: whether the device's integer kernels clip 16-bit sums (x86 without VNNI): channels are narrowed then.
     """
 
@@ -59,6 +60,7 @@ class Int8:
     folder: Path
     selection: Split
     max_accuracy_drop: float
+    scheme: Scheme = "cpu"
     clips: bool = False
     seed: int = 0
     progress: Progress = field(default_factory=Silent)
@@ -181,7 +183,7 @@ class Int8:
         return self._found
 
     def _work(self) -> PostTraining:
-        return PostTraining(narrow=self.clips, seed=self.seed, progress=self.progress)
+        return PostTraining(scheme=self.scheme, narrow=self.clips, seed=self.seed, progress=self.progress)
 
     def _batches(self) -> list[Tensor]:
         return shuffled(normalize(self.calibration, self.model.spec.input), BATCH, self.seed)

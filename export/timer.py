@@ -56,14 +56,14 @@ class EngineTimer:
         Raises:
             TargetError: the engine is unknown, or the target has no fp32 candidate and no engine is given.
         """
-        if engine is None:
+        if engine is not None and engine not in ENGINES:
+            raise TargetError(f"engine {engine!r} is unknown; known: {', '.join(ENGINES)}")
+        if engine is None:  # a target may name engines of other machines: opening a file says so
             engine = next((name for name, precision in target.candidates if precision == "fp32"), None)
         if engine is None:
             raise TargetError(
                 f"target {target.name!r} has no fp32 candidate to time models on; add one, or give an engine"
             )
-        if engine not in ENGINES:
-            raise TargetError(f"engine {engine!r} is unknown; known: {', '.join(ENGINES)}")
         self.engine, self.threads, self.batch = engine, target.num_threads, target.batch_sizes[0]
         self._seconds, self._clock = seconds, clock
         self._folder: tempfile.TemporaryDirectory[str] | None = None

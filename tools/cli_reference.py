@@ -51,7 +51,9 @@ def _pages(command: Any, name: str) -> Iterator[str]:
     for verb, inner in getattr(command, "commands", {}).items():
         path = f"{name} {verb}"
         if hasattr(inner, "commands"):
-            yield f"\n## {path}\n\n{_text(inner.help)}\n"
+            yield f"\n## {path}\n\n{_text(inner.help)}\n{_parameters(inner)}"
+            if inner.invoke_without_command:
+                yield f"\n```console\n{_examples(inner.epilog)}\n```\n"
             yield from _pages(inner, path)
         else:
             yield f"\n{'##' if name == 'cveff' else '###'} {path}\n\n{_text(inner.help)}\n{_parameters(inner)}"

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 import cveff
-from cveff.cli import compress, deploy, measure, models, quantize, recipe, train
+from cveff.cli import compress, deploy, measure, models, quantize, recipe, targets, train
 from cveff.cli.options import examples
 from cveff.errors import CveffError
 
@@ -45,6 +45,7 @@ app = typer.Typer(
 for verbs in (train, compress, quantize, deploy, measure, models):
     verbs.register(app)
 app.add_typer(recipe.app, name="recipe")
+app.add_typer(targets.app, name="targets")
 
 
 def _version(wanted: bool) -> None:

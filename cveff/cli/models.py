@@ -1,4 +1,4 @@
-"""`cveff models` and `cveff targets`: what there is to choose from."""
+"""`cveff models`: what there is to choose from."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ def register(app: typer.Typer) -> None:
     app.command(epilog=examples("cveff models", "cveff models mobilenet", "cveff models --filter 'resnet*'"))(
         models
     )
-    app.command(epilog=examples("cveff targets", "cveff targets edge-cpu"))(targets)
 
 
 def models(
@@ -60,28 +59,3 @@ def models(
     elif not cards:
         typer.echo(f"no model matches {pattern or text!r}", err=True)
     return None
-
-
-def targets(
-    name: Annotated[str | None, typer.Argument(help="Show this one in full; also a .toml file.")] = None,
-    as_json: options.Json = False,
-) -> None:
-    """List the device profiles that `--target` takes."""
-    from dataclasses import asdict
-
-    from cveff.target import load_target, target_names
-
-    found = [load_target(item) for item in ([name] if name else target_names())]
-    if as_json:
-        return print_json([asdict(target) for target in found])
-    if name is None:
-        return print_table(
-            "", ("target", "description"), [(target.name, target.description) for target in found]
-        )
-    rows = [
-        (key, value) for key, value in asdict(found[0]).items() if key not in ("candidates", "instructions")
-    ]
-    assumed = found[0].instructions
-    rows.append(("instructions", "those of this machine" if assumed is None else " ".join(assumed)))
-    rows += [("candidate", " ".join(pair)) for pair in found[0].candidates]
-    return print_table("", ("key", "value"), rows)

@@ -156,6 +156,7 @@ class LowRank:
                 methods=self.methods,
                 min_gain=self.min_gain,
                 max_error=self.energy,
+                step=run.channel_multiple,
             )
             paths = list(shapes)
             if self.whiten:

@@ -15,9 +15,7 @@ from torch import Tensor, nn
 from cveff.compress import low_rank_math
 from cveff.compress.low_rank_calibration import LayerStatistics
 from cveff.compress.low_rank_edit import METHODS, Factor, geometry, largest_rank
-
-STEP = 8
-"""Ranks are multiples of this: engines compute channels in blocks, so ranks between cost as much as the next."""
+from cveff.target import CHANNEL_MULTIPLE
 
 _GROWTH = {"svd": 1.1, "spatial-vertical": 1.25, "spatial-horizontal": 1.25, "tucker": 1.4}
 """A rank is tried where it is this much above the last one; an SVD gives the errors of all ranks at once."""
@@ -73,6 +71,7 @@ def layer_options(
     min_gain: float = 0.05,
     max_error: float | None = None,
     damping: float = low_rank_math.DAMPING,
+    step: int = CHANNEL_MULTIPLE,
 ) -> LayerOptions:
     """Every method and rank for one layer, without those that lose to another in both time and error.
 
@@ -82,6 +81,7 @@ def layer_options(
         sensitivity: what an error of the whole output would cost.
         min_gain: share of the layer's time that an option must save.
         max_error: largest relative output error of an option.
+        step: ranks are multiples of this.
     """
     weight = cast(Tensor, layer.weight).detach()
     weight = weight.double().reshape(*weight.shape, *[1] * (4 - weight.ndim))
@@ -89,7 +89,7 @@ def layer_options(
     tried = [
         (method, rank)
         for method in methods
-        for rank in candidate_ranks(layer, method)
+        for rank in candidate_ranks(layer, method, step)
         if macs(chain(geometry(layer, method, rank), shape)) < (1 - min_gain) * macs(dense)
     ]
     if not tried:
@@ -159,8 +159,8 @@ def _factorised(
         yield (rank,), partial(split.factors, rank), split.error(rank)
 
 
-def candidate_ranks(layer: nn.Module, method: str) -> list[tuple[int, ...]]:
-    """Ranks worth trying: multiples of `STEP` below full rank; none where the method does not fit the layer."""
+def candidate_ranks(layer: nn.Module, method: str, step: int = CHANNEL_MULTIPLE) -> list[tuple[int, ...]]:
+    """Ranks worth trying: multiples of `step` below full rank; none where the method does not fit the layer."""
     (whole,) = geometry(layer)
     if method != "svd" and (whole.is_linear or whole.kernel == (1, 1)):
         return []
@@ -169,14 +169,14 @@ def candidate_ranks(layer: nn.Module, method: str) -> list[tuple[int, ...]]:
     most = largest_rank(layer, method)
     ranks: list[tuple[int, ...]] = []
     last = 0
-    for rank in range(STEP, most[0], STEP):
+    for rank in range(step, most[0], step):
         if rank < last * _GROWTH[method]:
             continue
         if method != "tucker":
             ranks.append((rank,))
         else:
             # The core keeps the layer's own ratio of inputs to outputs.
-            outputs = STEP * max(1, round(rank * most[1] / most[0] / STEP))
+            outputs = step * max(1, round(rank * most[1] / most[0] / step))
             if outputs >= most[1]:
                 continue
             ranks.append((rank, outputs))

@@ -42,7 +42,7 @@ class Prune:
         attention: what one unit of attention is: a head, or one dimension of every head.
         depth: whole residual blocks may go as well, where that is cheaper than channels, or where channels alone do not
             reach the goal.
-        round_to: channels are left in multiples of this.
+        round_to: channels are left in multiples of this; by default of the target's `channel_multiple`, or of 8.
         min_fraction: the least share of a group that stays.
         rounds: prune this many times, each a part of the way, with `recover` after each.
         images: how many images importance, sensitivity and repair look at.
@@ -64,7 +64,7 @@ class Prune:
     sensitivity: bool = True
     attention: Attention = "heads"
     depth: bool = False
-    round_to: int = 8
+    round_to: int | None = None
     min_fraction: float = 0.1
     rounds: int = 1
     images: int = 512
@@ -93,7 +93,7 @@ class Prune:
                 "prune.depth weighs blocks against channels by measured loss; it needs scope='global', "
                 "sensitivity=True and another goal than ratio"
             )
-        self._check("round_to", self.round_to >= 1, "1 or more channels")
+        self._check("round_to", self.round_to is None or self.round_to >= 1, "1 or more channels")
         self._check("min_fraction", 0 <= self.min_fraction < 1, "a share in [0, 1)")
         self._check("rounds", self.rounds >= 1, "1 or more")
         self._check("images", self.images >= 1, "1 or more")

@@ -148,6 +148,7 @@ class _Planner:
     ) -> None:
         self._settings, self._model, self._reference = settings, model, reference
         self._share, self._batches, self._run = share, batches, run
+        self._round_to = settings.round_to or run.channel_multiple
         self._predictor: LatencyModel | None = None
         if settings.goal in ("latency", "latency_ms"):
             assert run.timer is not None
@@ -162,7 +163,7 @@ class _Planner:
         """
         cut = self._intact if drop is None else self._cut(drop)
         if self._settings.goal == "ratio":
-            keep = _by_ratio(self._settings, cut, 1 - self._share)
+            keep = _by_ratio(self._settings, cut, 1 - self._share, self._round_to)
         else:
             keep = {name: keep_best(cut.scores[name], count) for name, count in self._counts(cut).items()}
         return Plan(cut.analysis, keep, _figures(cut.analysis, cut.sizes, keep), drop)
@@ -231,7 +232,7 @@ class _Planner:
                 analysis.groups,
                 scores,
                 is_comparable=settings.importance in COMPARABLE,
-                round_to=settings.round_to,
+                round_to=self._round_to,
                 min_fraction=settings.min_fraction,
             )
         assert self._batches is not None
@@ -240,7 +241,7 @@ class _Planner:
             analysis,
             scores,
             self._batches,
-            round_to=settings.round_to,
+            round_to=self._round_to,
             min_fraction=settings.min_fraction,
             repair=settings.compensate,
             progress=self._run.progress,
@@ -253,7 +254,7 @@ class _Planner:
         def counts_for(cost: Cost, goal: float) -> dict[str, int]:
             if settings.scope == "global":
                 return allocate(cut.curves, cost, goal)
-            return _uniformly(settings, cut, cost, goal)
+            return _uniformly(settings, cut, cost, goal, self._round_to)
 
         if self._predictor is not None:
             assert self._run.timer is not None
@@ -346,11 +347,11 @@ def _parameters_of(found: Trace) -> float:
     )
 
 
-def _uniformly(settings: Prune, cut: _Cut, cost: Cost, goal: float) -> dict[str, int]:
+def _uniformly(settings: Prune, cut: _Cut, cost: Cost, goal: float, round_to: int) -> dict[str, int]:
     """The smallest share that, taken everywhere alike, reaches the goal: bisected."""
 
     def counts(amount: float) -> dict[str, int]:
-        return {name: int(mask.sum()) for name, mask in _by_ratio(settings, cut, amount).items()}
+        return {name: int(mask.sum()) for name, mask in _by_ratio(settings, cut, amount, round_to).items()}
 
     low, high = 0.0, 0.999
     for _ in range(14):
@@ -359,14 +360,14 @@ def _uniformly(settings: Prune, cut: _Cut, cost: Cost, goal: float) -> dict[str,
     return counts(high)
 
 
-def _by_ratio(settings: Prune, cut: _Cut, amount: float) -> dict[str, np.ndarray]:
+def _by_ratio(settings: Prune, cut: _Cut, amount: float, round_to: int) -> dict[str, np.ndarray]:
     return select(
         cut.analysis.groups,
         cut.scores,
         settings.scope,
         amount,
         module=cut.model.module,
-        round_to=settings.round_to,
+        round_to=round_to,
         min_fraction=settings.min_fraction,
     )
 

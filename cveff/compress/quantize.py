@@ -11,7 +11,6 @@ from torch import Tensor
 from cveff.backbones.reparameterize import Reparameterize, has_branches
 from cveff.compress.quant.mixed import MixedPrecision
 from cveff.compress.quant.network import is_cast, is_quantized
-from cveff.compress.quant.placement import Scheme
 from cveff.compress.quant.points import Points
 from cveff.compress.quant.post_training import PostTraining, Quantized, WeightRounding
 from cveff.compress.quant.ranges import Method
@@ -29,6 +28,7 @@ from cveff.files import write_json
 from cveff.model import Model
 from cveff.runtime.machine import isa, saturates
 from cveff.steps import Run
+from cveff.target import Scheme
 
 MIXED_FILE = "mixed_precision.json"
 """What "auto" measured and decided, in the step's folder."""

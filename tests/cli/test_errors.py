@@ -60,7 +60,7 @@ def _fails(capsys: pytest.CaptureFixture[str], *words: str) -> str:
         (["bench", "absent.onnx"], "absent.onnx does not exist"),
         (["verify", "absent.bundle", "--data", "digits"], "absent.bundle"),
         (["run", "absent.bundle", "cat.jpg"], "cat.jpg does not exist"),
-        (["targets", "moon"], "known: edge-cpu, edge-cpu-avx2, server-cpu"),
+        (["targets", "show", "moon"], "known: edge-cpu, edge-cpu-avx2, jetson-orin"),
         (["recipe", "check", "absent"], "no recipe 'absent'"),
         (["recipe", "show", "digits", "--set", "seed=-1"], "seed: -1 is negative"),
     ],
@@ -127,12 +127,12 @@ def test_a_bug_is_called_one(capsys, monkeypatch) -> None:
 
 
 def test_debug_shows_the_traceback_of_a_users_mistake(capsys) -> None:
-    assert main(["targets", "moon", "--debug"]) == 2
+    assert main(["targets", "show", "moon", "--debug"]) == 2
     assert "Traceback" in capsys.readouterr().err
 
 
 def test_errors_keep_stdout_clean_under_json(capsys) -> None:
-    assert "moon" in _fails(capsys, "targets", "moon", "--json")
+    assert "moon" in _fails(capsys, "targets", "show", "moon", "--json")
 
 
 def test_a_reader_that_goes_away_is_no_error() -> None:

@@ -15,6 +15,8 @@ from PIL import Image
 import cveff
 from cveff.cli import app, main
 from cveff.recipe import parse_recipe, recipe_names
+from cveff.runtime.engines import available_engines
+from cveff.target import load_target, target_names
 
 
 def _json(capsys: pytest.CaptureFixture[str], *words: str) -> Any:
@@ -185,16 +187,24 @@ def test_models(capsys) -> None:
 
 
 def test_targets(capsys) -> None:
-    assert [target["name"] for target in _json(capsys, "targets")] == [
-        "edge-cpu",
-        "edge-cpu-avx2",
-        "server-cpu",
-    ]
-    assert main(["targets", "edge-cpu"]) == 0
+    listed = {target["name"]: target for target in _json(capsys, "targets")}
+    assert list(listed) == target_names()
+    assert listed["rtx"]["obstacles"][0].startswith("does not run") == ("tensorrt" not in available_engines())
+    assert main(["targets"]) == 0
     shown = capsys.readouterr().out
-    assert "openvino int8" in shown and "those of this machine" in shown
-    assert main(["targets", "edge-cpu-avx2"]) == 0
-    assert "avx2 fma f16c" in capsys.readouterr().out
+    assert "tensorrt: fp32, bf16, fp16, int8, fp8" in shown and "runs them" in shown
+
+
+@pytest.mark.parametrize("name", target_names())
+def test_a_shown_target_is_a_file_of_the_same_target(capsys, tmp_path, name: str) -> None:
+    assert main(["targets", "show", name]) == 0
+    path = tmp_path / "mine.toml"
+    path.write_text(capsys.readouterr().out)
+    assert load_target(path) == load_target(name)
+    assert main(["targets", "show", str(path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["tensorrt"]["batches"] == list(
+        load_target(name).tensorrt.batches
+    )
 
 
 def test_recipe_verbs(capsys, tmp_path, monkeypatch) -> None:

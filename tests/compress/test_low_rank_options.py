@@ -47,6 +47,8 @@ def test_chains_know_their_shapes_and_operations() -> None:
         assert macs(stages) == counter.get_total_flops() / 2
     assert all(rank % 8 == 0 for (rank,) in candidate_ranks(layer, "svd"))
     assert candidate_ranks(nn.Linear(64, 64), "tucker") == []
+    assert candidate_ranks(nn.Linear(64, 64), "svd", 16) == [(16,), (32,), (48,)]
+    assert all(rank % 4 == 0 for pair in candidate_ranks(layer, "tucker", 4) for rank in pair)
 
 
 def test_blocks_are_what_the_latency_table_measures() -> None:

@@ -32,6 +32,8 @@ from cveff.data.dataset import Data
 from cveff.errors import StepError
 from cveff.model import Model
 from cveff.progress import Silent
+from cveff.steps import Run
+from cveff.target import Target
 from cveff.train import Train
 
 ZOO = Path(__file__).parents[2] / "model_zoo" / "weights" / "digits"
@@ -92,6 +94,17 @@ def test_a_ratio_takes_that_share_of_every_group(trained: Model, data: Data) -> 
     small = cveff.apply(trained, Prune(ratio=0.5, scope="local", images=64, round_to=1), data=data)
     left = {group.name: group.size for group in analyze(small.module, small.spec.input).groups}
     assert left == {group.name: round(group.size / 2) for group in analysis.groups}
+
+
+def test_the_targets_multiple_is_what_channels_are_rounded_to(trained: Model) -> None:
+    def sizes(**settings: Any) -> set[int]:
+        step = Prune(ratio=0.4, importance="magnitude", compensate=False, **settings)
+        run = Run(target=Target("wide", "", (("onnxruntime", "fp32"),), channel_multiple=16))
+        kept = step.plan(trained, run).keep
+        return {int(mask.sum()) for mask in kept.values()}
+
+    assert all(size % 16 == 0 for size in sizes()) and any(size % 16 for size in sizes(round_to=1))
+    assert sizes(round_to=16) == sizes()
 
 
 def test_a_pruned_model_loads_bit_equal_and_is_pruned_again(

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import fx
@@ -25,10 +25,7 @@ from cveff.compress.quant.capture import CONVOLUTIONS, aten, constant, identify,
 from cveff.compress.quant.checks import check_excluded
 from cveff.compress.quant.fake_quant import Grid
 from cveff.errors import StepError
-
-Scheme = Literal["cpu", "cpu-signed", "openvino", "tensorrt"]
-"""What the engine asks for. "cpu-signed" is "cpu" with symmetric signed activations (Arm); in "openvino" those with
-negative values are symmetric and signed, so that no zero point has to be subtracted."""
+from cveff.target import Scheme
 
 LINEAR = {aten.linear.default}
 PRODUCTS = {aten.matmul.default, aten.bmm.default}

@@ -25,7 +25,7 @@ from cveff.compress.quant.error import logits
 from cveff.compress.quant.fake_quant import Grid
 from cveff.compress.quant.layers import find_layers
 from cveff.compress.quant.network import QuantizedGraph, Roundings, insert
-from cveff.compress.quant.placement import Placement, Scheme, place
+from cveff.compress.quant.placement import Placement, place
 from cveff.compress.quant.ranges import Method, Watch, rounding_off, weight_range
 from cveff.compress.quant.reestimate import Correction, reestimate
 from cveff.compress.quant.round_weights import round_weights
@@ -34,6 +34,7 @@ from cveff.compress.quant.settle import Seen, divided, not_finite, watch_until_s
 from cveff.model import Model, with_module
 from cveff.progress import Progress, Silent
 from cveff.runtime.input_spec import InputSpec
+from cveff.target import Scheme
 
 WeightRounding = Literal["nearest", "compensated", "learned"]
 
