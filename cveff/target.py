@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -78,7 +78,7 @@ class Target:
     instructions: tuple[str, ...] | None = None
     scheme: Scheme | None = None
     channel_multiple: int = CHANNEL_MULTIPLE
-    tensorrt: TensorRT = TensorRT()
+    tensorrt: TensorRT = field(default_factory=TensorRT)
 
     def __post_init__(self) -> None:
         _check("candidates", list(self.candidates), len(self.candidates) > 0, "[engine, precision] pairs")
