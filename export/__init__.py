@@ -8,6 +8,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from cveff.export.task_outputs import Nms, Output
     from cveff.model import Model
 
 
@@ -15,12 +16,20 @@ class _CallablePackage(ModuleType):
     """`cveff.export` is a verb and a room; importing the room must not take the verb away."""
 
     def __call__(
-        self, model: Model, path: str | Path, *, opset: int | None = None, check: bool = True
+        self,
+        model: Model,
+        path: str | Path,
+        *,
+        opset: int | None = None,
+        check: bool = True,
+        nms: Nms | None = None,
+        output: Output | None = None,
     ) -> Path:
         """Write `model` as an ONNX file; see `cveff.export.onnx.export`."""
         from cveff.export.onnx import OPSET, export
 
-        return export(model, path, opset=OPSET if opset is None else opset, check=check)
+        opset = OPSET if opset is None else opset
+        return export(model, path, opset=opset, check=check, nms=nms, output=output)
 
 
 sys.modules[__name__].__class__ = _CallablePackage

@@ -8,7 +8,7 @@ networks compiled for a size, and an image gets the same logits in whatever batc
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,7 @@ class OpenVinoSession(Session):
         inputs, outputs = self._model.inputs, self._model.outputs
         output = next((item for item in outputs if "logits" in item.get_names()), outputs[0])
         self._output = outputs.index(output)
+        self._names = [_name(item) for item in outputs]
         self._requests: dict[int, Any] = {}  # by batch size
         self._last_batch = 0
         self._lock = threading.Lock()  # an infer request holds its own buffers: one caller at a time
@@ -68,19 +69,26 @@ class OpenVinoSession(Session):
         )
 
     def _run(self, images: np.ndarray) -> np.ndarray:
+        return np.asarray(self._run_outputs(images, [self._output])[0], np.float32)
+
+    def _run_all(self, images: np.ndarray) -> dict[str, np.ndarray]:
+        return dict(zip(self._names, self._run_outputs(images, range(len(self._names))), strict=True))
+
+    def _run_outputs(self, images: np.ndarray, indices: Sequence[int]) -> list[np.ndarray]:
+        """Those outputs of a batch, run in parts, each an array of its own."""
         with self._lock:
             if self._model is None:
                 raise EngineError(f"{self.path.name} was closed; open it again")
             try:
-                logits, start = [], 0
+                parts, start = [], 0
                 for size in self._parts(len(images)):
-                    logits.append(self._infer(images[start : start + size]))
+                    parts.append(self._infer(images[start : start + size], indices))
                     start += size
             except Exception as error:
                 raise EngineError(
                     f"OpenVINO failed while running {self.path}: {engine_message(error)}"
                 ) from error
-        return logits[0] if len(logits) == 1 else np.concatenate(logits)
+        return parts[0] if len(parts) == 1 else [np.concatenate(part) for part in zip(*parts, strict=True)]
 
     def _parts(self, batch: int) -> list[int]:
         """The sizes, together `batch`, in which to run a batch."""
@@ -94,12 +102,12 @@ class OpenVinoSession(Session):
             parts += [size] * count
         return parts
 
-    def _infer(self, images: np.ndarray) -> np.ndarray:
+    def _infer(self, images: np.ndarray, indices: Sequence[int]) -> list[np.ndarray]:
         request = self._requests.get(len(images))
         if request is None:
             request = self._requests[len(images)] = self._compile(len(images))
         request.infer([images], share_inputs=True)
-        return np.array(request.get_output_tensor(self._output).data, np.float32)
+        return [np.array(request.get_output_tensor(index).data) for index in indices]
 
     def _compile(self, batch: int) -> Any:
         model = self._model
@@ -115,7 +123,7 @@ class OpenVinoSession(Session):
 
 
 def _name(port: Any) -> str:
-    return min(port.get_names(), default="an unnamed input")
+    return min(port.get_names(), default="an unnamed tensor")
 
 
 def _dtype(port: Any) -> str:

@@ -138,10 +138,11 @@ def build(name: str, arguments: Mapping[str, Any], size: tuple[int, int]) -> nn.
         raise CveffError(
             f"{name} does not take the arguments {unknown}; it takes {', '.join(found.arguments)}"
         )
-    if found.task == "segmentation" and arguments.get("num_classes", 0) > MAX_SEGMENTED:
-        raise CveffError(
-            f"{name} was asked for {arguments['num_classes']} classes; a mask holds {MAX_SEGMENTED} at most"
-        )
+    num_classes = arguments.get("num_classes", 2)
+    if num_classes < 2:
+        raise CveffError(f"{name} was asked for {num_classes} classes; give 2 or more, the background is one")
+    if found.task == "segmentation" and num_classes > MAX_SEGMENTED:
+        raise CveffError(f"{name} was asked for {num_classes} classes; a mask holds {MAX_SEGMENTED} at most")
     try:
         network = found.build(**arguments)
     except (TypeError, ValueError) as error:
