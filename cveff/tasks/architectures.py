@@ -21,8 +21,8 @@ from cveff.tasks.segmenter import Segmenter
 
 Task = Literal["classification", "detection", "segmentation"]
 
-MAX_SEGMENTED = 256
-"""Classes of a segmentation: a mask has one byte a pixel."""
+MAX_SEGMENTED = 255
+"""Classes of a segmentation: a mask has one byte a pixel, and 255 is what the model did not see."""
 
 
 @dataclass(frozen=True)
