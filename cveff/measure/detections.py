@@ -12,6 +12,8 @@ from cveff.runtime.detections import Detections, iou
 
 MIN_IOU = 0.99
 MAX_SCORE_DIFFERENCE = 1e-3
+EQUAL_PIXELS = 0.01
+"""Boxes whose sides are all this near count as equal."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class DetectionAgreement:
 
     Attributes:
         matched: detections of the reference that have a counterpart, each its own: the same class, an intersection
-            over union of `MIN_IOU`, and a score within `MAX_SCORE_DIFFERENCE`.
+            over union of `MIN_IOU` (or sides within `EQUAL_PIXELS`), and a score within `MAX_SCORE_DIFFERENCE`.
         found, expected: detections of the file and of the reference.
         min_iou, max_score_difference: over the matched pairs; 1 and 0 where there are none.
     """
@@ -54,8 +56,9 @@ def agreement(found: Iterable[Detections], expected: Iterable[Detections]) -> De
         for box, score, label in zip(theirs["boxes"], theirs["scores"], theirs["labels"], strict=True):
             difference = np.abs(ours["scores"] - score)
             fits = is_free & (ours["labels"] == label) & (difference <= MAX_SCORE_DIFFERENCE)
-            # A box without area is its own counterpart only where it is equal.
-            overlap = np.where((ours["boxes"] == box).all(1), 1.0, np.nan_to_num(iou(box, ours["boxes"])))
+            # What the image's edge leaves of a box may have no area, and then overlaps nothing, not even itself.
+            is_equal = np.abs(ours["boxes"] - box).max(1) <= EQUAL_PIXELS
+            overlap = np.where(is_equal, 1.0, np.nan_to_num(iou(box, ours["boxes"])))
             overlap = np.where(fits, overlap, -1.0)
             best = int(overlap.argmax()) if len(overlap) else -1
             if best < 0 or overlap[best] < MIN_IOU:

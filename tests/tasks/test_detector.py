@@ -55,10 +55,11 @@ def test_suppression_removes_something_and_the_limit_cuts(detector: Any, batch: 
     model, network = detector("retinanet")
     expected = torchvisions(network, batch(model))
     assert max(len(image["scores"]) for image in expected) == network.detections_per_img
+    assert min(len(image["scores"]) for image in expected) < network.detections_per_img
     network.nms_thresh = 1.0
     network.detections_per_img = 10_000
     everything = torchvisions(network, batch(model))
-    assert all(len(one["scores"]) > len(two["scores"]) for one, two in zip(everything, expected, strict=True))
+    assert sum(len(image["scores"]) for image in everything) > sum(len(image["scores"]) for image in expected) + 50
 
 
 def test_state_dict_is_torchvisions(detector: Any) -> None:
