@@ -164,9 +164,7 @@ def _for_tensorrt(model: Model) -> bool:
     return any(getattr(edit, "scheme", "") == "tensorrt" for edit in model.spec.edits)
 
 
-def difference(
-    serialized: bytes, network: nn.Module, model: Model, shipped: Answer | None = None
-) -> float:
+def difference(serialized: bytes, network: nn.Module, model: Model, shipped: Answer | None = None) -> float:
     """How far an ONNX file is from PyTorch, at batch 1 and 3.
 
     Args:
@@ -225,9 +223,7 @@ def example_images(count: int, model: Model, seed: int = 0) -> np.ndarray:
     return np.ascontiguousarray(noisy.clip(0, 255).round().astype(np.uint8).transpose(0, 2, 3, 1))
 
 
-def _trace(
-    network: nn.Module, model: Model, opset: int, output_names: Sequence[str]
-) -> onnx.ModelProto:
+def _trace(network: nn.Module, model: Model, opset: int, output_names: Sequence[str]) -> onnx.ModelProto:
     example = torch.from_numpy(example_images(2, model))
     dynamic = ({0: torch.export.Dim("batch", min=1)},)
     try:

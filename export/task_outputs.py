@@ -64,7 +64,9 @@ def answer(model: Model, nms: Nms | None = None, output: Output | None = None) -
         ("output", output, "segmentation", ("logits", "labels")),
     ):
         if value is not None and task != of:
-            raise ExportError(f"{name} is for {of}; {model.spec.architecture} is a {task} model: leave it out")
+            raise ExportError(
+                f"{name} is for {of}; {model.spec.architecture} is a {task} model: leave it out"
+            )
         if value is not None and value not in known:
             raise ExportError(f"{name} is {value!r}; use one of {', '.join(known)}")
     network: Any = model.module

@@ -142,7 +142,9 @@ def _write_mask(mask: np.ndarray, folder: Path, stem: str) -> Path:
             image.save(whole)
             whole.replace(path)
     except OSError as error:
-        raise CveffError(f"cannot write {path}: {error.strerror or error}; give another --masks folder") from error
+        raise CveffError(
+            f"cannot write {path}: {error.strerror or error}; give another --masks folder"
+        ) from error
     return path
 
 

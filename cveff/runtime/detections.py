@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -127,7 +128,7 @@ def _candidates(scores: np.ndarray, settings: Suppression) -> tuple[np.ndarray, 
     else:
         starts = np.cumsum((0, *settings.levels))
         foreground = scores[:, settings.first_class :]
-        for start, end in zip(starts, starts[1:], strict=False):
+        for start, end in pairwise(starts):
             best = _best(foreground[start:end].ravel(), settings)
             rows.append(start + best // foreground.shape[1])
             labels.append(settings.first_class + best % foreground.shape[1])

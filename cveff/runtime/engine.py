@@ -11,13 +11,12 @@ import numpy as np
 from . import manifest as bundle
 from .detections import Detections, Suppression, suppress, unpad
 from .engines import open_file
-from .exported import file_manifest
 from .errors import BundleError, EngineError
+from .exported import file_manifest
 from .input_spec import InputSpec
 from .machine import usable_cores
 from .preprocess import Source, preprocess
 from .session import Session
-
 
 Answer = np.ndarray | dict[str, list[np.ndarray]]
 """Probabilities of a classifier; of other tasks, one entry an image under each name."""
@@ -164,7 +163,9 @@ class Engine:
     def logits(self, images: np.ndarray) -> np.ndarray:
         """Of a classifier: logits (N, classes) float32 of a batch; arguments and errors as `__call__`."""
         if self.task != "classification":
-            raise EngineError(f"{self.path} is a {self.task} model, which has no class probabilities; call it")
+            raise EngineError(
+                f"{self.path} is a {self.task} model, which has no class probabilities; call it"
+            )
         return self._session(images)
 
     def preprocess(self, sources: Sequence[Source] | Source, resize: bool = False) -> np.ndarray:

@@ -22,7 +22,9 @@ def file_manifest(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     """
     missing = [key for key in ("architecture", "task", "input", "labels") if key not in metadata]
     if missing:
-        raise BundleError(f"{path} does not say what it is (no {missing[0]}); give a file written by cveff.export")
+        raise BundleError(
+            f"{path} does not say what it is (no {missing[0]}); give a file written by cveff.export"
+        )
     try:
         values = {
             key: json.loads(metadata[key]) for key in ("input", "labels", "suppression") if key in metadata

@@ -135,9 +135,7 @@ def check_task(values: Mapping[str, Any], name: str) -> None:
         BundleError: names the key.
     """
     if values["task"] not in TASKS:
-        raise BundleError(
-            f"{name}: task is {values['task']!r}; this program runs {', '.join(TASKS)} bundles"
-        )
+        raise BundleError(f"{name}: task is {values['task']!r}; this program runs {', '.join(TASKS)} bundles")
     if not values["labels"] or not all(isinstance(label, str) for label in values["labels"]):
         raise BundleError(f"{name}: labels must be a list of strings, one a class")
     try:

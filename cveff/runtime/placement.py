@@ -36,7 +36,9 @@ class Placement:
     def mask(self, mask: np.ndarray) -> np.ndarray:
         """A mask (H, W) uint8 of the model's image at the photograph's size, nearest pixel; `UNSEEN` around a crop."""
         columns, rows = (
-            np.floor((np.arange(self.size[1 - axis]) + 0.5) * self.scale[axis] + self.offset[axis]).astype(int)
+            np.floor((np.arange(self.size[1 - axis]) + 0.5) * self.scale[axis] + self.offset[axis]).astype(
+                int
+            )
             for axis in (0, 1)
         )
         (y,), (x,) = (

@@ -94,7 +94,7 @@ def _as_sequence(sources: Sequence[Source] | Source) -> Sequence[Source]:
 
 
 def resized(height: int, width: int, spec: InputSpec) -> tuple[int, int]:
-    """(height, width) that a photograph is resized to before the crop. The roundings differ between the modes because timm's do."""
+    """(height, width) that an image is resized to before the crop. The modes round differently because timm's do."""
     target_height, target_width = math.floor(spec.size[0] / spec.crop), math.floor(spec.size[1] / spec.crop)
     if spec.crop_mode == "squash":
         return target_height, target_width

@@ -141,7 +141,9 @@ def _parser(names_bundle: bool) -> argparse.ArgumentParser:
         epilog=_EPILOG,
     )
     if names_bundle:
-        parser.add_argument("bundle", help="folder written by `cveff deploy`, or file written by `cveff export`")
+        parser.add_argument(
+            "bundle", help="folder written by `cveff deploy`, or file written by `cveff export`"
+        )
     parser.add_argument(
         "images", nargs="+", metavar="IMAGE_OR_FOLDER", help="image files, or folders of them"
     )
@@ -190,9 +192,7 @@ def _run(options: argparse.Namespace, bundle: Path) -> int:
             raise CveffError(f"--masks is for segmentation; {bundle} is a {engine.task} model: leave it out")
         top_k = options.top_k or (100 if engine.task == "detection" else 5)
         settings = Settings(top_k, options.min_score, options.masks)
-        results = answer_images(
-            engine, paths, settings, batch_size=options.batch_size, resize=options.resize
-        )
+        results = answer_images(engine, paths, settings, batch_size=options.batch_size, resize=options.resize)
         return _print_json(engine, list(results)) if options.json else _print_lines(results, paths)
 
 

@@ -84,7 +84,9 @@ class Session(ABC):
     def _run(self, images: np.ndarray) -> np.ndarray: ...
 
     def _run_all(self, images: np.ndarray) -> dict[str, np.ndarray]:
-        raise EngineError(f"{self.engine} returns logits only; run {self.path.name} on ONNX Runtime or OpenVINO")
+        raise EngineError(
+            f"{self.engine} returns logits only; run {self.path.name} on ONNX Runtime or OpenVINO"
+        )
 
     @abstractmethod
     def _release(self) -> None: ...

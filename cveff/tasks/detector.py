@@ -51,8 +51,7 @@ class AnchorDetector(nn.Module):
             max_detections=network.detections_per_img,
             group_by="class" if self.has_background else "level",
             levels=tuple(
-                count * height * width
-                for count, (height, width) in zip(per_location, shapes, strict=True)
+                count * height * width for count, (height, width) in zip(per_location, shapes, strict=True)
             ),
             first_class=1 if self.has_background else 0,
         )
@@ -93,9 +92,7 @@ def _feature_shapes(backbone: nn.Module, size: tuple[int, int]) -> list[tuple[in
     return [(value.shape[-2], value.shape[-1]) for value in features.values()]
 
 
-def _anchors(
-    network: SSD | RetinaNet, shapes: list[tuple[int, int]], size: tuple[int, int]
-) -> torch.Tensor:
+def _anchors(network: SSD | RetinaNet, shapes: list[tuple[int, int]], size: tuple[int, int]) -> torch.Tensor:
     """torchvision's anchors for one image, as centres and sides: (A, 4) float32."""
     image = ImageList(torch.empty(1, 3, *size), [size])
     (corners,) = network.anchor_generator(image, [torch.empty(1, 1, *shape) for shape in shapes])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torchvision.models.segmentation import DeepLabV3
 from torchvision.models.segmentation.lraspp import LRASPP
 
 
@@ -17,7 +18,7 @@ class Segmenter(nn.Module):
     `aux_classifier`, where there is one, is a part of the weights and not of the answer.
     """
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: LRASPP | DeepLabV3) -> None:
         super().__init__()
         self.backbone, self.classifier = network.backbone, network.classifier
         self.aux_classifier = getattr(network, "aux_classifier", None)

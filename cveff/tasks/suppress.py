@@ -102,9 +102,7 @@ class Suppressed(nn.Module):
         boxes = _rows(boxes, index // num_classes)
         # A row of scores a class over the same boxes: exact, where moving classes apart would round coordinates.
         is_class = labels[:, None] == torch.arange(num_classes)[:, None]  # (N, C, M)
-        kept = suppress(
-            boxes, best[:, None] * is_class, settings.iou_threshold, settings.score_threshold
-        )
+        kept = suppress(boxes, best[:, None] * is_class, settings.iou_threshold, settings.score_threshold)
         return boxes, kept.amax(1), labels
 
 

@@ -99,7 +99,9 @@ def segmenter() -> tuple[Model, nn.Module]:
         if isinstance(module, nn.Conv2d):
             nn.init.normal_(module.weight, std=0.3)
     spec = InputSpec((64, 80), interpolation="bilinear", enlarge=True, crop_mode="squash")
-    return Model(ModelSpec("tiny_lraspp", {}, spec, "segmentation", LABELS), Segmenter(network).eval()), network
+    return Model(
+        ModelSpec("tiny_lraspp", {}, spec, "segmentation", LABELS), Segmenter(network).eval()
+    ), network
 
 
 @pytest.fixture(scope="session")

@@ -36,7 +36,9 @@ def test_save_then_load_is_bit_equal(name: str, arguments: dict[str, Any], tmp_p
     images = torch.randn(1, 3, *model.spec.input.size)
     with torch.inference_mode():
         one, two = model.module(images), again.module(images)
-    for ours, theirs in zip(*(values if isinstance(values, tuple) else (values,) for values in (one, two)), strict=True):
+    for ours, theirs in zip(
+        *(values if isinstance(values, tuple) else (values,) for values in (one, two)), strict=True
+    ):
         assert torch.equal(ours, theirs)
     if model.spec.task == "detection":
         assert again.module.suppression == model.module.suppression
@@ -79,7 +81,7 @@ def test_no_network_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError("no route")
 
     monkeypatch.setattr(type(get_model_weights(LRASPP).DEFAULT), "get_state_dict", offline)
-    with pytest.raises(CheckpointError, match="no route.*weights="):
+    with pytest.raises(CheckpointError, match=r"no route.*weights="):
         cveff.create(LRASPP, pretrained=True)
 
 

@@ -31,7 +31,8 @@ def normalized(model: Model, images: np.ndarray) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("kind", "size"), [("ssd", (96, 96)), ("retinanet", (96, 96)), ("retinanet", (64, 160)), ("ssd", (64, 128))]
+    ("kind", "size"),
+    [("ssd", (96, 96)), ("retinanet", (96, 96)), ("retinanet", (64, 160)), ("ssd", (64, 128))],
 )
 def test_detections_are_torchvisions(kind: str, size: tuple[int, int], detector: Any, batch: Any) -> None:
     model, network = detector(kind, size)
@@ -42,7 +43,9 @@ def test_detections_are_torchvisions(kind: str, size: tuple[int, int], detector:
     with torch.inference_mode():
         boxes, scores = model.module(normalized(model, images))
         padded = Suppressed(model.module, model.module.suppression)(normalized(model, images))[:3]
-    outside = [suppress(b, s, model.module.suppression) for b, s in zip(boxes.numpy(), scores.numpy(), strict=True)]
+    outside = [
+        suppress(b, s, model.module.suppression) for b, s in zip(boxes.numpy(), scores.numpy(), strict=True)
+    ]
     inside = [unpad(*(value.numpy() for value in row)) for row in zip(*padded, strict=True)]
     for found in (outside, inside):
         result = agreement(found, expected)
@@ -59,7 +62,10 @@ def test_suppression_removes_something_and_the_limit_cuts(detector: Any, batch: 
     network.nms_thresh = 1.0
     network.detections_per_img = 10_000
     everything = torchvisions(network, batch(model))
-    assert sum(len(image["scores"]) for image in everything) > sum(len(image["scores"]) for image in expected) + 50
+    assert (
+        sum(len(image["scores"]) for image in everything)
+        > sum(len(image["scores"]) for image in expected) + 50
+    )
 
 
 def test_state_dict_is_torchvisions(detector: Any) -> None:

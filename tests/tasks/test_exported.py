@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,9 @@ from torch import nn
 
 import cveff
 import cveff.runtime
-from cveff.errors import BundleError, EngineError, ExportError, StepError
+from cveff.errors import BundleError, DataError, EngineError, ExportError, StepError
 from cveff.export import task_outputs
+from cveff.export.bundle import write_bundle
 from cveff.export.metadata import read_metadata
 from cveff.export.task_outputs import nms_for
 from cveff.measure.detections import agreement
@@ -56,7 +59,9 @@ def test_shapes_are_fixed_but_for_the_batch(nms: str, shapes: list[list[int]], e
 
 
 @pytest.mark.parametrize("output", ["logits", "labels"])
-def test_masks_are_torchvisions(output: str, segmenter: tuple[Model, nn.Module], batch: Any, exported: Any) -> None:
+def test_masks_are_torchvisions(
+    output: str, segmenter: tuple[Model, nn.Module], batch: Any, exported: Any
+) -> None:
     model, network = segmenter
     images = batch(model)
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (model.spec.input.mean, model.spec.input.std))
@@ -84,10 +89,14 @@ def test_openvino_gives_the_same(exported: Any, detector: Any, batch: Any) -> No
         assert two.outputs(images[:0])["boxes"].shape == (0, 792, 4)
 
 
-def test_run_prints_boxes_of_the_photograph(exported: Any, tmp_path: Path, photographs: Any, capsys: Any) -> None:
+def test_run_prints_boxes_of_the_photograph(
+    exported: Any, tmp_path: Path, photographs: Any, capsys: Any
+) -> None:
     path = tmp_path / "astronaut.png"
     Image.fromarray(photographs[0]).save(path)
-    assert main([str(exported("ssd", "onnx")), str(path), "--json", "--min-score", "0.6", "--top-k", "3"]) == 0
+    assert (
+        main([str(exported("ssd", "onnx")), str(path), "--json", "--min-score", "0.6", "--top-k", "3"]) == 0
+    )
     (image,) = json.loads(capsys.readouterr().out)["images"]
     found = image["detections"]
     assert 1 <= len(found) <= 3 and all(item["score"] >= 0.6 for item in found)
@@ -199,3 +208,50 @@ def test_steps_are_for_classifiers(detector: Any) -> None:
     model, _ = detector("ssd")
     with pytest.raises(StepError, match="tiny_ssd is a detection model; steps are for classification"):
         cveff.apply(model, FoldBatchNorm())
+
+
+def test_deploy_is_for_classifiers(detector: Any, tmp_path: Path) -> None:
+    with pytest.raises(StepError, match=r"deploy is for classification, cveff\.export writes its file"):
+        cveff.deploy(detector("ssd")[0], calibration=tmp_path, out=tmp_path / "out")
+
+
+@pytest.mark.parametrize("nms", ["onnx", "none"])
+def test_bench_and_verify_take_detectors(nms: str, detector: Any, exported: Any) -> None:
+    model, _ = detector("ssd")
+    figures = cveff.bench({"torch": model, "file": exported("ssd", nms)}, rounds=2, memory=False)
+    assert [item.name for item in figures] == ["torch", "file"]
+    found = cveff.verify(exported("ssd", nms), against=model)
+    assert found.ok and found.agreement == 1
+    other, _ = detector("retinanet")
+    assert not cveff.verify(exported("ssd", nms), against=other).ok
+    with pytest.raises(DataError, match="is a detection model"):
+        cveff.verify(exported("ssd", nms), data="digits")
+    with pytest.raises(DataError, match="is a detection model"):
+        cveff.bench(exported("ssd", nms), data="digits", rounds=2, memory=False)
+
+
+def test_verify_compares_masks_with_logits(segmenter: tuple[Model, nn.Module], exported: Any) -> None:
+    for output in ("labels", "logits"):
+        found = cveff.verify(exported("lraspp", output), against=segmenter[0])
+        assert found.ok and found.agreement is not None and found.agreement > 0.999
+
+
+def test_a_bundle_of_a_detector_runs(
+    exported: Any, tmp_path: Path, manifest_maker: Any, photographs: Any
+) -> None:
+    values = read_metadata(onnx.load(exported("ssd", "none")))
+    keys = ("task", "input", "labels", "suppression")
+    manifest = manifest_maker(**{key: values[key] for key in keys})
+    bundle = write_bundle(
+        tmp_path / "my.bundle",
+        manifest=manifest,
+        files={"model.onnx": exported("ssd", "none")},
+        report_html="<p>figures</p>",
+    )
+    with cveff.runtime.open(bundle) as engine:
+        found = engine.detect(engine.preprocess(photographs))
+    assert all(len(image["scores"]) for image in found)
+    Image.fromarray(photographs[0]).save(tmp_path / "photo.png")
+    command = [sys.executable, str(bundle / "run.py"), str(tmp_path / "photo.png"), "--json"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    assert json.loads(result.stdout)["images"][0]["detections"]
