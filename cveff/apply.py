@@ -60,6 +60,10 @@ def apply(
             raise StepError(
                 f"{step!r} is neither a step nor an edit; give an instance such as Prune(ratio=0.5)"
             )
+    if model.spec.task != "classification":
+        raise StepError(
+            f"{model.spec.architecture} is a {model.spec.task} model; steps are for classification models"
+        )
     target = None if target is None else load_target(target)
     run = Run(
         target=target,

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import timm
 import torch
@@ -22,8 +22,8 @@ from cveff.errors import CheckpointError, CveffError, UnknownModelError
 from cveff.files import atomic_folder, write_json
 from cveff.runtime.errors import first_line
 from cveff.runtime.input_spec import InputSpec
-
-Task = Literal["classification"]
+from cveff.tasks import architectures as tasks
+from cveff.tasks.architectures import Task
 
 CHECKPOINT_VERSION = 1
 
@@ -33,8 +33,9 @@ class ModelSpec:
     """Everything about a model but its weights; JSON both ways.
 
     Attributes:
-        architecture: a timm name, or one of cveff's own (`cveff models`).
-        arguments: keyword arguments of `timm.create_model`, JSON values only (`num_classes`, `in_chans`, …).
+        architecture: a timm name, one of cveff's own (`cveff models`), or one of `cveff.tasks.architectures`.
+        arguments: keyword arguments of `timm.create_model`, or of `cveff.tasks.architectures.build`, JSON values
+            only (`num_classes`, `in_chans`, …).
         input: what the exported file takes.
         labels: one name a class, in the order of the logits.
         edits: structural changes, in the order they were made.
@@ -87,7 +88,8 @@ class ModelSpec:
 class Model:
     """A `ModelSpec` and the network built from it.
 
-    `module` takes float (N, C, H, W), already normalised, and returns logits (N, classes).
+    `module` takes float (N, C, H, W), already normalised, and returns logits (N, classes); of the task "detection",
+    boxes (N, A, 4) and scores (N, A, classes); of the task "segmentation", logits (N, classes, H, W).
     """
 
     spec: ModelSpec
@@ -115,7 +117,8 @@ def create(
     """Build a model by name.
 
     Args:
-        architecture: any timm model name, or one of cveff's own.
+        architecture: any timm model name, one of cveff's own, or a detection or segmentation network of
+            `cveff.tasks.architectures`, whose classes are counted with the background.
         num_classes: number of logits; by default the number of `labels`, or what the architecture has.
         labels: one name a class; by default "0", "1", ….
         image_size: side in pixels, or (height, width); by default what the architecture was designed for.
@@ -124,15 +127,15 @@ def create(
             interpolation and crop for this architecture.
         weights: a `.safetensors`, `.pth`, `.pt` or `.bin` state dict (pickles are read with
             `weights_only=True`), loaded strictly.
-        pretrained: let timm download its weights (needs a network).
-        **arguments: passed to `timm.create_model` and kept in the spec; JSON values only.
+        pretrained: let timm (or torchvision) download its weights (needs a network).
+        **arguments: passed to `timm.create_model` (or torchvision's builder) and kept in the spec; JSON values only.
         timm_arguments: the same, for names that mean something else here (a ResNet's `channels`).
 
     Raises:
         UnknownModelError: no such architecture; the message lists close matches.
         CheckpointError: `weights` is damaged or belongs to another architecture.
     """
-    if timm.is_model(architecture) is False:
+    if not is_architecture(architecture):
         raise UnknownModelError(_unknown_model(architecture))
     if labels is not None and num_classes is None:
         num_classes = len(labels)
@@ -143,6 +146,11 @@ def create(
         arguments["num_classes"] = num_classes
     if input is not None:
         image_size, channels = input.size, input.channels
+    if architecture in tasks.ARCHITECTURES:
+        if channels != 3:
+            raise CveffError(f"{architecture} takes 3 channels (RGB), not {channels}")
+        size = (image_size, image_size) if isinstance(image_size, int) else image_size
+        return _create_for_task(architecture, arguments, labels, size, input, weights, pretrained)
     if channels != 3:
         arguments["in_chans"] = channels
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
@@ -163,11 +171,19 @@ def create(
     return model
 
 
+def is_architecture(name: str) -> bool:
+    """Whether `create` knows the name."""
+    return name in tasks.ARCHITECTURES or bool(timm.is_model(name))
+
+
 def build(spec: ModelSpec) -> Model:
     """Build `spec`'s architecture with fresh weights and replay its edits."""
-    if timm.is_model(spec.architecture) is False:
+    if spec.architecture in tasks.ARCHITECTURES:
+        module = tasks.build(spec.architecture, spec.arguments, spec.input.size)
+    elif timm.is_model(spec.architecture):
+        module = timm.create_model(spec.architecture, **spec.arguments)
+    else:
         raise UnknownModelError(_unknown_model(spec.architecture))
-    module = timm.create_model(spec.architecture, **spec.arguments)
     for edit in spec.edits:
         module = edit.apply(module)
     return Model(spec, module)
@@ -305,6 +321,32 @@ def read_state(path: str | Path) -> dict[str, torch.Tensor]:
     return {re.sub(r"^module\.", "", key): value for key, value in state.items()}
 
 
+def _create_for_task(
+    architecture: str,
+    arguments: dict[str, Any],
+    labels: Sequence[str] | None,
+    size: tuple[int, int] | None,
+    input: InputSpec | None,
+    weights: str | Path | None,
+    pretrained: bool,
+) -> Model:
+    """A detection or segmentation network; without labels or their number, the classes of its published weights."""
+    known = tasks.ARCHITECTURES[architecture]
+    if pretrained:
+        arguments = {**known.published, **arguments}
+    if labels is None:
+        count = arguments.get("num_classes")
+        labels = tasks.published_labels(architecture) if count is None else [str(i) for i in range(count)]
+    arguments["num_classes"] = len(labels)
+    input = input or replace(known.input, size=size or known.input.size)
+    module = tasks.build(architecture, arguments, input.size)
+    if pretrained:
+        tasks.load_published(module, architecture)
+    if weights is not None:
+        load_weights(module, weights, architecture)
+    return Model(ModelSpec(architecture, arguments, input, known.task, tuple(labels)), module)
+
+
 def _build_for_size(
     architecture: str, arguments: dict[str, Any], size: tuple[int, int] | None, pretrained: bool
 ) -> tuple[nn.Module, dict[str, Any]]:
@@ -354,6 +396,6 @@ def _input_spec(config: Mapping[str, Any], size: tuple[int, int] | None, channel
 
 
 def _unknown_model(name: str) -> str:
-    close = difflib.get_close_matches(name, timm.list_models(), n=5, cutoff=0.5)
+    close = difflib.get_close_matches(name, [*tasks.ARCHITECTURES, *timm.list_models()], n=5, cutoff=0.5)
     hint = f"did you mean {', '.join(close)}?" if close else "`cveff models` lists them."
     return f"no architecture is called {name!r}; {hint}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import timm
 from cveff import model_zoo
 from cveff.errors import CheckpointError, CveffError, DataError
 from cveff.model import Model, create, load, read_state
+from cveff.tasks.architectures import ARCHITECTURES as TASK_ARCHITECTURES
 
 
 def saved_folder(subject: str | Path) -> Path | None:
@@ -60,7 +62,7 @@ def open_model(
             f"{subject} is not a saved model (no model.json); give a folder written by `cveff train`"
         )
     if weights is None:
-        if timm.is_model(str(subject)):
+        if timm.is_model(str(subject)) or subject in TASK_ARCHITECTURES:
             raise CveffError(
                 f"{subject} is an architecture without weights; give --weights FILE, or --data to train it"
             )
@@ -87,7 +89,7 @@ def for_measuring(subject: str) -> Model | str:
 
 def architectures(pattern: str) -> list[str]:
     """Names that `cveff.create` takes and that match a shell pattern."""
-    return sorted(set(timm.list_models(pattern)))
+    return sorted({*timm.list_models(pattern), *fnmatch.filter(TASK_ARCHITECTURES, pattern)})
 
 
 def read_labels(path: Path) -> tuple[str, ...]:
@@ -112,7 +114,12 @@ def read_labels(path: Path) -> tuple[str, ...]:
 
 
 def _num_classes(architecture: str, weights: Path) -> int | None:
-    """Rows of the classifier in a state dict; None where the architecture's classifier is not in it."""
+    """Rows of the classifier in a state dict; None where the architecture's classifier is not in it.
+
+    Of a detection or segmentation network None, too: its labels say how many, or it has the published weights'.
+    """
+    if architecture in TASK_ARCHITECTURES:
+        return None
     import torch
 
     with torch.device("meta"):  # only the names of its parts are needed

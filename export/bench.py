@@ -152,6 +152,10 @@ def _accuracies(subjects: Mapping[str, Subject], data: Data, progress: Progress)
     if split.targets is None:
         raise DataError(f"split {split.name!r} of {data.name} has no labels, so accuracy cannot be measured")
     for subject in subjects.values():
+        if subject.task != "classification":
+            raise DataError(
+                f"{subject.name} is a {subject.task} model, whose accuracy is not measured; leave data out"
+            )
         if subject.labels and len(subject.labels) != len(data.labels):
             raise DataError(
                 f"{subject.name} has {len(subject.labels)} classes but {data.name} has {len(data.labels)}"

@@ -40,7 +40,7 @@ _DISTRIBUTIONS = {
     **{name: (provider.wheel,) for name, provider in PROVIDERS.items()},
 }
 _RUN_PY = '''\
-"""Classify images with this bundle: python run.py IMAGE_OR_FOLDER... (--help lists the options)."""
+"""Run this bundle on images: python run.py IMAGE_OR_FOLDER... (--help lists the options)."""
 
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
@@ -95,7 +95,8 @@ def write_bundle(
         _write_runtime(folder)
         (folder / "requirements.txt").write_text(requirements(complete), encoding="utf-8")
         (folder / "report.html").write_text(report_html, encoding="utf-8")
-        write_triton(folder / "triton", complete, copies)
+        if complete["task"] == "classification":
+            write_triton(folder / "triton", complete, copies)
         complete["files"] = [
             {
                 "path": path.relative_to(folder).as_posix(),

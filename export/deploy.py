@@ -95,7 +95,8 @@ def deploy(
         the bundle's path and manifest.
 
     Raises:
-        StepError: neither data nor calibration, a setting out of range, or a model in 16 bits; said before any work.
+        StepError: neither data nor calibration, a setting out of range, a model in 16 bits or of another task than
+            classification; said before any work.
         DataError: data that does not fit the model; said before any work.
         TargetError: unknown target, or no candidate within the limits; nothing is written then.
         ExportError: the model cannot be exported.
@@ -107,7 +108,13 @@ def deploy(
     check_settings(max_accuracy_drop, num_calibration)
     if data is None and calibration is None:
         raise StepError("deploy needs data=… (labelled images) or calibration=… (a folder of images)")
-    original = _frozen(load(model) if not isinstance(model, Model) else model)
+    given = load(model) if not isinstance(model, Model) else model
+    if given.spec.task != "classification":
+        raise StepError(
+            f"{given.spec.architecture} is a {given.spec.task} model; deploy is for classification, "
+            "cveff.export writes its file"
+        )
+    original = _frozen(given)
     settings = {
         "target": target.name,
         "max_accuracy_drop": max_accuracy_drop,

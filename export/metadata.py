@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import onnx
@@ -12,7 +13,12 @@ from cveff.measure.onnx_modules import read_modules, write_modules
 from cveff.model import ModelSpec
 
 
-def write_metadata(proto: onnx.ModelProto, spec: ModelSpec, unsimplified: str | None = None) -> None:
+def write_metadata(
+    proto: onnx.ModelProto,
+    spec: ModelSpec,
+    unsimplified: str | None = None,
+    task_values: Mapping[str, Any] | None = None,
+) -> None:
     """Put version, architecture, task, input and labels into `proto`, in place, and remove the exporter's notes.
 
     The exporter records the Python source lines of every node: they would leak the paths of the machine that
@@ -21,6 +27,7 @@ def write_metadata(proto: onnx.ModelProto, spec: ModelSpec, unsimplified: str | 
 
     Args:
         unsimplified: why the graph was not simplified; None where it was.
+        task_values: what tasks other than classification add, as JSON values.
     """
     modules = read_modules(proto)
     for item in (*proto.graph.node, *proto.graph.initializer, *proto.graph.value_info, proto.graph):
@@ -39,15 +46,17 @@ def write_metadata(proto: onnx.ModelProto, spec: ModelSpec, unsimplified: str | 
         "input": json.dumps(spec.input.to_json()),
         "labels": json.dumps(list(spec.labels), ensure_ascii=False),
     }
+    values |= {key: json.dumps(value) for key, value in (task_values or {}).items()}
     if unsimplified is not None:
         values["unsimplified"] = unsimplified
     onnx.helper.set_model_props(proto, values)
 
 
 def read_metadata(proto: onnx.ModelProto) -> dict[str, Any]:
-    """`{"cveff_version", "architecture", "task", "input", "labels"}`, JSON decoded; empty for a foreign file."""
+    """`{"cveff_version", "architecture", "task", "input", "labels"}` and, of a detector, `"suppression"`, JSON
+    decoded; empty for a foreign file."""
     values: dict[str, Any] = {item.key: item.value for item in proto.metadata_props}
-    for key in ("input", "labels"):
+    for key in ("input", "labels", "suppression"):
         if key in values:
             values[key] = json.loads(values[key])
     return values

@@ -1,11 +1,14 @@
-"""A `Model` as one ONNX file: uint8 NHWC `images` in, float32 `logits` out, any batch size, proven equal to PyTorch."""
+"""A `Model` as one ONNX file: uint8 NHWC `images` in, float32 `logits` out, any batch size, proven equal to PyTorch.
+
+What models of other tasks return is in `cveff.export.task_outputs`.
+"""
 
 from __future__ import annotations
 
 import logging
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,16 +18,16 @@ import torch
 from torch import nn
 
 from cveff.errors import EngineError, ExportError
-from cveff.export import matmul_nbits
+from cveff.export import matmul_nbits, task_outputs
 from cveff.export.bfloat16 import has_bfloat16, in_float32
 from cveff.export.layer_check import compare_layers
 from cveff.export.metadata import write_metadata
 from cveff.export.normalize import deployable
 from cveff.export.qdq import finish, has_rounding, translations
 from cveff.export.simplify import fold_scale, simplify
+from cveff.export.task_outputs import Answer, Nms, Output
 from cveff.export.trt_check import require_tensorrt
 from cveff.files import atomic_path
-from cveff.measure.parity import relative_difference
 from cveff.model import Model
 from cveff.runtime.engines import open_file
 from cveff.runtime.errors import first_line
@@ -43,16 +46,27 @@ MAX_BYTES = 2**31 - 2**20
 """protobuf cannot hold more; the graph itself is given one MiB."""
 
 
-def export(model: Model, path: str | Path, *, opset: int | None = None, check: bool = True) -> Path:
+def export(
+    model: Model,
+    path: str | Path,
+    *,
+    opset: int | None = None,
+    check: bool = True,
+    nms: Nms | None = None,
+    output: Output | None = None,
+) -> Path:
     """Write `model` as an ONNX file.
 
     The graph has one input `images` (N, H, W, C) uint8 with dynamic N, and one output `logits` (N, classes)
-    float32. `model` is left as it was: a copy is exported, in evaluation mode, on the CPU.
+    float32; other tasks have other outputs (docs/tasks.md). `model` is left as it was: a copy is exported, in
+    evaluation mode, on the CPU.
 
     Args:
         path: the file to write, atomically; conventionally `*.onnx`.
         opset: version of the ONNX operator set, 20 by default; a network in bfloat16 gets 22 at least.
         check: run the file with ONNX Runtime at batch 1 and 3 and compare it with PyTorch.
+        nms: of a detector: "onnx" (by default) suppresses in the graph, "none" leaves that to whoever runs the file.
+        output: of a segmentation network: "logits" (by default) or "labels", one byte a pixel.
 
     Returns:
         `path`.
@@ -64,15 +78,16 @@ def export(model: Model, path: str | Path, *, opset: int | None = None, check: b
     """
     path, opset = Path(path), OPSET if opset is None else opset
     _refuse_too_large(model)
-    network = deployable(model.module, model.spec.input)
+    shipped = task_outputs.answer(model, nms, output)
+    network = deployable(shipped.network, model.spec.input)
     if torch.bfloat16 in _types(network):
         opset = max(opset, BFLOAT16_OPSET)
-    traced = _trace(network, model, opset)
+    traced = _trace(network, model, opset, (*shipped.names, *shipped.proofs))
     try:
-        serialized = _finish(simplify(traced), model, network, check)
+        serialized = _finish(simplify(traced), model, network, shipped, check)
     except ExportError as error:
         # Never ship a graph that simplification broke; never lose one because it could not be simplified.
-        serialized = _finish(traced, model, network, check, unsimplified=str(error))
+        serialized = _finish(traced, model, network, shipped, check, unsimplified=str(error))
         _log.warning("%s was exported without simplification: %s", model.spec.architecture, error)
     with atomic_path(path) as temporary:
         temporary.write_bytes(serialized)
@@ -80,14 +95,19 @@ def export(model: Model, path: str | Path, *, opset: int | None = None, check: b
 
 
 def _finish(
-    proto: onnx.ModelProto, model: Model, network: nn.Module, check: bool, unsimplified: str | None = None
+    proto: onnx.ModelProto,
+    model: Model,
+    network: nn.Module,
+    shipped: Answer,
+    check: bool,
+    unsimplified: str | None = None,
 ) -> bytes:
     """Fold the pixels' scale, describe, validate and (with `check`) compare a graph; returns the file's bytes."""
     if has_rounding(proto):
         finish(proto, integer_biases=not _for_tensorrt(model))
     else:
         fold_scale(proto)
-    write_metadata(proto, model.spec, unsimplified)
+    write_metadata(proto, model.spec, unsimplified, task_outputs.describe(model))
     try:
         onnx.checker.check_model(proto, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
@@ -101,13 +121,28 @@ def _finish(
         _require_layers(proto, network, model)
     elif check:
         runnable = in_float32(proto).SerializeToString() if has_bfloat16(proto) else serialized
-        worst = difference(runnable, network, model)
+        worst = difference(runnable, network, model, shipped)
         tolerance = max(TOLERANCES.get(kind, TOLERANCE) for kind in _types(network))
         if not worst <= tolerance:
             raise ExportError(
-                f"{model.spec.architecture}: the ONNX file's logits differ from PyTorch's by {worst:.2e} of the "
-                f"largest logit, more than {tolerance:.0e}; no file was written"
+                f"{model.spec.architecture}: the ONNX file's {' or '.join(shipped.compared)} differ from PyTorch's "
+                f"by {worst:.2e} of the largest, more than {tolerance:.0e}; no file was written"
             )
+    return _without_proofs(proto, serialized, model, shipped, check) if shipped.proofs else serialized
+
+
+def _without_proofs(
+    proto: onnx.ModelProto, complete: bytes, model: Model, shipped: Answer, check: bool
+) -> bytes:
+    """The file without the outputs that were only there to be compared, its answers checked against them."""
+    task_outputs.drop_proofs(proto, shipped)
+    serialized: bytes = proto.SerializeToString(deterministic=True)
+    if check:
+        images = example_images(3, model)
+        with _opened(complete, model) as session:
+            proofs = session.outputs(images)
+        with _opened(serialized, model) as session:
+            task_outputs.require_rule(session.outputs(images), proofs, model)
     return serialized
 
 
@@ -129,47 +164,57 @@ def _for_tensorrt(model: Model) -> bool:
     return any(getattr(edit, "scheme", "") == "tensorrt" for edit in model.spec.edits)
 
 
-def difference(serialized: bytes, network: nn.Module, model: Model) -> float:
+def difference(serialized: bytes, network: nn.Module, model: Model, shipped: Answer | None = None) -> float:
     """How far an ONNX file is from PyTorch, at batch 1 and 3.
 
     Args:
         serialized: the ONNX file.
         network: takes (N, H, W, C) uint8, as `deployable` returns.
+        shipped: what the file returns; by default what `model`'s does.
 
     Returns:
-        max|onnx - torch| / max|torch| over the logits of the worse batch.
+        max|onnx - torch| / max|torch| over the logits (of other tasks, over the worst output) of the worse batch.
 
     Raises:
         ExportError: ONNX Runtime cannot run the file, or the logits have another shape or are not finite.
     """
+    with _opened(serialized, model) as session:
+        return session_difference(session, network, model, shipped)
+
+
+@contextmanager
+def _opened(serialized: bytes, model: Model) -> Iterator[Session]:
+    """An ONNX file on ONNX Runtime; its errors are the export's."""
     try:
         with tempfile.TemporaryDirectory(prefix="cveff-export-") as folder:
             path = Path(folder) / "model.onnx"
             path.write_bytes(serialized)
             with open_file("onnxruntime", path, threads=0) as session:
-                return session_difference(session, network, model)
+                yield session
     except EngineError as error:
         raise ExportError(
             f"{model.spec.architecture}: ONNX Runtime cannot run the exported file: {first_line(error)}"
         ) from error
 
 
-def session_difference(session: Session, network: nn.Module, model: Model) -> float:
+def session_difference(
+    session: Session, network: nn.Module, model: Model, shipped: Answer | None = None
+) -> float:
     """How far an open file is from PyTorch, at batch 1 and 3; arguments, result and errors as `difference`."""
     name, worst = model.spec.architecture, 0.0
+    shipped = shipped or task_outputs.answer(model)
     for batch in (1, 3):
         images = example_images(batch, model)
         with torch.inference_mode():
-            expected = network(torch.from_numpy(images)).numpy()
-        if not np.isfinite(expected).all():
-            raise ExportError(f"{name}: PyTorch's logits are not finite (nan or inf); check its weights")
-        logits = session(images)
-        if logits.shape != expected.shape:
-            raise ExportError(
-                f"{name}: the file returns logits of shape {logits.shape} for a batch of {batch}, "
-                f"PyTorch {expected.shape}; the network fixes its batch size somewhere"
-            )
-        worst = max(worst, relative_difference(logits, expected))
+            values = network(torch.from_numpy(images))
+        values = values if isinstance(values, tuple) else (values,)
+        names = (*shipped.names, *shipped.proofs)
+        expected = {key: value.numpy() for key, value in zip(names, values, strict=True)}
+        for key in shipped.compared:
+            if not np.isfinite(expected[key]).all():
+                raise ExportError(f"{name}: PyTorch's {key} are not finite (nan or inf); check its weights")
+        found = session.outputs(images)
+        worst = max(worst, task_outputs.worst_difference(found, expected, shipped.compared, name))
     return worst
 
 
@@ -183,7 +228,7 @@ def example_images(count: int, model: Model, seed: int = 0) -> np.ndarray:
     return np.ascontiguousarray(noisy.clip(0, 255).round().astype(np.uint8).transpose(0, 2, 3, 1))
 
 
-def _trace(network: nn.Module, model: Model, opset: int) -> onnx.ModelProto:
+def _trace(network: nn.Module, model: Model, opset: int, output_names: Sequence[str]) -> onnx.ModelProto:
     example = torch.from_numpy(example_images(2, model))
     dynamic = ({0: torch.export.Dim("batch", min=1)},)
     try:
@@ -195,10 +240,12 @@ def _trace(network: nn.Module, model: Model, opset: int) -> onnx.ModelProto:
                 (),
                 dynamo=True,
                 input_names=["images"],
-                output_names=["logits"],
+                output_names=list(output_names),
                 dynamic_shapes=dynamic,
                 opset_version=opset,
-                custom_translation_table=translations() | matmul_nbits.translations(),
+                custom_translation_table=translations()
+                | matmul_nbits.translations()
+                | task_outputs.translations(),
                 verbose=False,
             )
     except Exception as error:

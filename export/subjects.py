@@ -12,15 +12,18 @@ import numpy as np
 from torch import nn
 
 from cveff.errors import CveffError, EngineError
+from cveff.export.task_predictor import FileDetector, torch_detector
 from cveff.measure.predictor import Predictor, module_predictor
 from cveff.measure.size import module_bytes, size_bytes
 from cveff.model import Model, load
 from cveff.runtime.aot_session import read_package
+from cveff.runtime.detections import Suppression
 from cveff.runtime.engines import ENGINES, open_file
 from cveff.runtime.errors import InputSizeError
 from cveff.runtime.input_spec import InputSpec
 from cveff.runtime.machine import usable_cores
 from cveff.runtime.manifest import FILE_NAME, ModelFile, locate, model_files, read_manifest, verify_files
+from cveff.runtime.session import Session
 
 _ENGINES = {".onnx": "onnxruntime", ".xml": "openvino", ".plan": "tensorrt", ".pt2": "aot-inductor"}
 """What opens a file where nothing else is asked for."""
@@ -37,13 +40,14 @@ class Subject:
         kind: "module", "onnx", "openvino", "aot-inductor" or "bundle".
         engine: "torch", or one of `cveff.runtime.engines.ENGINES`; `options` are the engine's.
         precision: of a bundle's file; "" where unknown.
-        predictor: uint8 NHWC -> logits.
+        predictor: uint8 NHWC -> logits; of a detector, detections (`cveff.export.task_predictor`).
         spec: what it takes; None for a file that does not say.
         labels: one name a class; empty where unknown.
         size_bytes: of its files, or of a module's weights.
         path: the file its engine opened, None for a module; `folder`: the bundle's folder.
         model: the PyTorch model, where there is one.
         manifest: the bundle's; `file` is its entry that is measured.
+        task: "classification", "detection" or "segmentation".
     """
 
     name: str
@@ -61,6 +65,7 @@ class Subject:
     model: Model | None = None
     manifest: Mapping[str, Any] | None = None
     file: ModelFile | None = None
+    task: str = "classification"
 
     @property
     def input(self) -> InputSpec:
@@ -145,14 +150,20 @@ def open_subject(source: Source, *, threads: int | None = None, name: str | None
 def _module(
     module: nn.Module, spec: InputSpec, threads: int, name: str, model: Model | None = None
 ) -> Subject:
+    task = "classification" if model is None else model.spec.task
     return Subject(
         name=name,
         kind="module",
         engine="torch",
-        predictor=module_predictor(module, spec, threads),
+        predictor=(
+            module_predictor(module, spec, threads)
+            if model is None or task != "detection"
+            else torch_detector(model, threads)
+        ),
         threads=threads,
         size_bytes=module_bytes(module),
         spec=spec,
+        task=task,
         labels=() if model is None else model.spec.labels,
         model=model,
     )
@@ -162,11 +173,13 @@ def _file(path: Path, engine: str, threads: int, name: str) -> Subject:
     options = {"inference_precision": "f32"} if engine == "openvino" else {}
     session = open_file(engine, path, threads=threads, options=options)
     values = _metadata(path)
+    task = values.get("task", "classification")
     return Subject(
         name=name,
         kind="onnx" if path.suffix == ".onnx" else _ENGINES[path.suffix],
         engine=engine,
-        predictor=session,
+        task=task,
+        predictor=_predictor(session, task, values),
         threads=threads,
         size_bytes=size_bytes(path),
         spec=InputSpec.from_json(values["input"]) if "input" in values else None,
@@ -186,12 +199,14 @@ def _bundle(folder: Path, engine: str, threads: int, name: str) -> Subject:
             f"{folder} ships no file for {engine}; it has {', '.join(sorted({file.engine for file in files}))}"
         )
     path = locate(folder, chosen.file)
+    session = open_file(chosen.engine, path, threads=threads, options=chosen.options)
     return Subject(
         name=name,
         kind="bundle",
         engine=chosen.engine,
         precision=chosen.precision,
-        predictor=open_file(chosen.engine, path, threads=threads, options=chosen.options),
+        task=manifest["task"],
+        predictor=_predictor(session, manifest["task"], manifest),
         threads=threads,
         size_bytes=size_bytes(path),
         spec=InputSpec.from_json(manifest["input"]),
@@ -202,6 +217,13 @@ def _bundle(folder: Path, engine: str, threads: int, name: str) -> Subject:
         manifest=manifest,
         file=chosen,
     )
+
+
+def _predictor(session: Session, task: str, values: Mapping[str, Any]) -> Predictor:
+    """What is measured of a file: with suppression, where the file leaves it to the runtime."""
+    if task != "detection":
+        return session
+    return FileDetector(session, Suppression.from_json(values.get("suppression")))
 
 
 def _metadata(path: Path) -> dict[str, Any]:
@@ -222,7 +244,8 @@ def _metadata(path: Path) -> dict[str, Any]:
 
     values = ElementTree.parse(path).getroot().find("rt_info/framework")
     found = {} if values is None else {item.tag: item.get("value", "") for item in values}
-    return {key: json.loads(found[key]) for key in ("input", "labels") if key in found}
+    texts = {"task": found["task"]} if "task" in found else {}
+    return texts | {key: json.loads(found[key]) for key in ("input", "labels", "suppression") if key in found}
 
 
 def _engine_and_path(source: str | Path) -> tuple[str, Path]:

@@ -17,6 +17,8 @@ from cveff.export.build_candidates import ONNX
 from cveff.export.onnx import export
 from cveff.export.scoring import Scores, first_images, score
 from cveff.export.subjects import Source, Subject, open_subject
+from cveff.export.task_predictor import unpacked
+from cveff.measure.detections import agreement
 from cveff.measure.onnx_parity import layer_parity
 from cveff.measure.openvino_parity import openvino_layer_parity
 from cveff.measure.parity import LayerParity, first_large_difference, largest_rise, relative_difference
@@ -29,6 +31,10 @@ from cveff.runtime.processor import processor_notes
 FLOAT_TOLERANCE = 1e-3
 """Relative difference of logits past which a float32 file computes something else than its original."""
 LAYER_IMAGES, RANDOM_IMAGES = 16, 32
+TASK_IMAGES = 4
+"""Random images for detectors and segmentation networks, which are larger."""
+MIN_TASK_AGREEMENT = 0.99
+"""Share of detections or pixels under which a float32 file answers otherwise than its original."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +143,8 @@ def verify(
             reference=None if reference is None else reference.name,
             notes=_machine_notes(opened),
         )
+        if opened.task != "classification":
+            return _task_agreement(found, opened, reference, data)
         found = _score(found, opened, reference, data, progress)
         found = _claims(found, opened, tolerance)
         found = _limits(found, opened, max_accuracy_drop)
@@ -169,6 +177,11 @@ def _own_onnx(subject: Subject) -> Path | None:
 
 
 def _check_same_task(subject: Subject, reference: Subject) -> None:
+    if subject.task != reference.task:
+        raise DataError(
+            f"{subject.name} is a {subject.task} model, {reference.name} a {reference.task} model; they are not the "
+            "same model"
+        )
     if subject.labels and reference.labels and len(subject.labels) != len(reference.labels):
         raise DataError(
             f"{subject.name} has {len(subject.labels)} classes, {reference.name} has {len(reference.labels)}; they "
@@ -179,6 +192,35 @@ def _check_same_task(subject: Subject, reference: Subject) -> None:
             f"{subject.name} takes images of {subject.spec.size}, {reference.name} of {reference.spec.size}; they "
             "are not the same model"
         )
+
+
+def _task_agreement(
+    found: Verification, subject: Subject, reference: Subject | None, data: Data | None
+) -> Verification:
+    """Share of detections, or of pixels, that are the reference's, on random images."""
+    if data is not None:
+        raise DataError(
+            f"{subject.name} is a {subject.task} model, whose accuracy is not measured; leave data out"
+        )
+    if reference is None:
+        return found
+    images = subject.example(TASK_IMAGES)
+    ours, theirs = subject.predictor(images), reference.predictor(images)
+    if subject.task == "detection":
+        share = agreement(unpacked(ours), unpacked(theirs)).share
+    else:
+        share = float((_labels(ours) == _labels(theirs)).mean())
+    found = replace(found, agreement=share)
+    if share >= MIN_TASK_AGREEMENT:
+        return found
+    what = "detections" if subject.task == "detection" else "pixels"
+    problem = f"only {share:.2%} of its {what} are {found.reference}'s; {MIN_TASK_AGREEMENT:.0%} are expected"
+    return replace(found, problems=(*found.problems, problem))
+
+
+def _labels(answer: np.ndarray) -> np.ndarray:
+    """Class of each pixel, of logits (N, classes, H, W) or of a file that returns classes (N, H, W)."""
+    return answer.argmax(1) if answer.ndim == 4 else answer
 
 
 def _machine_notes(subject: Subject) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ LEVELS: list[list[str]] = [
     ["cveff.errors"],
     ["cveff.files", "cveff.progress", "cveff.schema", "cveff.target", "cveff.kernels"],
     ["cveff.edits", "cveff.log"],
-    ["cveff.backbones.small_resnet", "cveff.backbones"],
+    ["cveff.backbones.small_resnet", "cveff.backbones", "cveff.tasks"],
     ["cveff.model"],
     ["cveff.data"],
     ["cveff.measure"],

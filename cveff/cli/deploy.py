@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,6 +14,20 @@ from cveff.console import working
 
 if TYPE_CHECKING:
     from cveff.export.deploy import Deployment
+
+
+class Nms(StrEnum):
+    """Where a detector's overlapping boxes are removed."""
+
+    onnx = "onnx"
+    none = "none"
+
+
+class Output(StrEnum):
+    """What the file of a segmentation network returns."""
+
+    logits = "logits"
+    labels = "labels"
 
 
 def register(app: typer.Typer) -> None:
@@ -125,6 +140,13 @@ def export(
     ] = None,
     opset: Annotated[int | None, typer.Option("--opset", min=18, help="ONNX operator set.")] = None,
     check: Annotated[bool, typer.Option("--check/--no-check", help="Compare the file with PyTorch.")] = True,
+    nms: Annotated[
+        Nms | None, typer.Option("--nms", help="Of a detector: suppress in the file (onnx), or outside.")
+    ] = None,
+    output: Annotated[
+        Output | None,
+        typer.Option("--output", help="Of a segmentation network: logits, or labels of one byte a pixel."),
+    ] = None,
     weights: options.Weights = None,
     labels: options.Labels = None,
     image_size: options.ImageSize = None,
@@ -148,7 +170,14 @@ def export(
             channels=options.number(channels),
         )
         progress.message(f"exporting {opened.spec.architecture}")
-        path = cveff.export(opened, out or Path(f"{Path(model).name}.onnx"), opset=opset, check=check)
+        path = cveff.export(
+            opened,
+            out or Path(f"{Path(model).name}.onnx"),
+            opset=opset,
+            check=check,
+            nms=None if nms is None else nms.value,
+            output=None if output is None else output.value,
+        )
     if as_json:
         return print_json(
             {"path": str(path), "bytes": path.stat().st_size, "input": opened.spec.input.to_json()}
@@ -157,7 +186,7 @@ def export(
 
 
 def run(context: typer.Context) -> int:
-    """Classify images with a bundle. Imports no torch; the bundle's own run.py takes the same options."""
+    """Run a bundle or an exported file on images. Imports no torch; the bundle's run.py takes the same options."""
     from cveff.runtime.run import main
 
     return main(context.args)

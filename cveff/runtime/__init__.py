@@ -17,13 +17,13 @@ __all__ = ["Engine", "open"]
 def open(
     path: str | Path, engine: str | None = None, threads: int | None = None, verify: bool = True
 ) -> Engine:
-    """Open a bundle: check its manifest and every file's hash, then load the model.
+    """Open a bundle: check its manifest and every file's hash, then load the model. Or open an exported file.
 
         engine = cveff.runtime.open("my.bundle")
         probabilities = engine(engine.preprocess(["cat.jpg"]))
 
     Args:
-        path: the bundle's folder.
+        path: the bundle's folder, or a `.onnx` file written by `cveff.export`, which opens with ONNX Runtime.
         engine: "onnxruntime", "openvino", …: to use another of the shipped files than the fastest one; where
             one engine has several files, "openvino:int8" picks by precision. "tensorrt" runs any ONNX file, built
             when it is first opened on a machine.

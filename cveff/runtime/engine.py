@@ -1,4 +1,4 @@
-"""`Engine`: an open bundle. Images in, probabilities out."""
+"""`Engine`: an open bundle, or an exported file. Images in, probabilities, detections or masks out."""
 
 from __future__ import annotations
 
@@ -10,27 +10,34 @@ from typing import Any
 import numpy as np
 
 from . import manifest as bundle
+from .detections import Detections, Suppression, suppress, unpad
 from .engines import open_file
 from .errors import BundleError, EngineError
+from .exported import file_manifest
 from .input_spec import InputSpec
 from .machine import usable_cores
 from .preprocess import Source, preprocess
 from .session import Session
 
+Answer = np.ndarray | dict[str, list[np.ndarray]]
+"""Probabilities of a classifier; of other tasks, one entry an image under each name."""
+
 
 class Engine:
-    """A bundle opened with one of the engines it ships files for.
+    """A bundle opened with one of the engines it ships files for, or an exported file.
 
     Calls are safe from several threads; they run one after another on OpenVINO.
 
     Attributes:
         spec: what the model takes.
+        task: "classification", "detection" or "segmentation".
         labels: one name a class, in the order of the columns of the result.
-        manifest: the whole manifest, checked; `file` is its entry that runs.
+        manifest: the whole manifest, checked, or of an exported file what it says about itself; `file` is the entry
+            that runs.
         name: the engine in use, one of `engines.ENGINES`.
         precision: "fp32", "bf16" or one of int8's kinds; "" where the manifest does not say.
         threads: threads the engine uses.
-        path: the bundle's folder.
+        path: the bundle's folder, or the file.
     """
 
     def __init__(
@@ -39,7 +46,11 @@ class Engine:
         self.manifest = manifest
         self.file = file
         self.spec = InputSpec.from_json(manifest["input"])
+        self.task: str = manifest["task"]
         self.labels: tuple[str, ...] = tuple(manifest["labels"])
+        self._suppression = (
+            Suppression.from_json(manifest["suppression"]) if self.task == "detection" else None
+        )
         self.name = session.engine
         self.precision = file.precision
         self.threads = session.threads
@@ -53,6 +64,8 @@ class Engine:
     ) -> Engine:
         """Open a bundle; see `cveff.runtime.open`."""
         folder = Path(path)
+        if folder.suffix == ".onnx" and folder.is_file():
+            return cls._open_exported(folder, engine, threads)
         manifest = bundle.read_manifest(folder)
         chosen = _choose(manifest, engine)
         bundle.verify_files(folder, manifest, hashes=verify)
@@ -67,19 +80,79 @@ class Engine:
         )
         return cls(session, manifest, folder, chosen)
 
-    def __call__(self, images: np.ndarray) -> np.ndarray:
-        """Class probabilities (softmax of the logits).
+    @classmethod
+    def _open_exported(cls, path: Path, engine: str | None, threads: int | None) -> Engine:
+        if engine not in (None, "onnxruntime"):
+            raise EngineError(
+                f"{path} is an exported file, which opens with onnxruntime, not {engine!r}; engines are a bundle's"
+            )
+        session = open_file("onnxruntime", path, threads=usable_cores() if threads is None else threads)
+        manifest = file_manifest(path, session.metadata())
+        return cls(session, manifest, path, bundle.model_files(manifest, str(path))[0])
+
+    def __call__(self, images: np.ndarray) -> Answer:
+        """Class probabilities (softmax of the logits); a dict for other tasks.
 
         Args:
             images: (N, H, W, C) uint8 of `spec.size`, such as `preprocess` returns; N may be 0.
 
         Returns:
-            (N, classes) float32; every row sums to 1.
+            (N, classes) float32; every row sums to 1. Of a detector `{"boxes", "scores", "labels"}`, each a list with
+            an entry an image, as `detect` returns them. Of a segmentation network `{"masks"}`, as `segment` does.
 
         Raises:
             InputSizeError: another shape or dtype.
             EngineError: the engine failed or computed values that are not finite.
         """
+        if self.task == "detection":
+            found = self.detect(images)
+            return {key: [image[key] for image in found] for key in ("boxes", "scores", "labels")}
+        if self.task == "segmentation":
+            return {"masks": list(self.segment(images))}
+        return self.probabilities(images)
+
+    def detect(self, images: np.ndarray) -> list[Detections]:
+        """Detections of each image, most certain first.
+
+        Suppression is done here where the file leaves it out, by the same rule.
+
+        Returns:
+            a dict an image: `boxes` (D, 4) float32, left, top, right, bottom in pixels of the model's image (see
+            `cveff.runtime.placement`); `scores` (D,) float32; `labels` (D,) int64, indices into `labels`.
+
+        Raises:
+            EngineError: the model is of another task, or as `__call__`.
+        """
+        if self._suppression is None:
+            raise EngineError(f"{self.path} is a {self.task} model; only detection models detect")
+        outputs = self._outputs(images, ("boxes", "scores"))
+        boxes, scores = outputs["boxes"], outputs["scores"]
+        if "labels" in outputs:
+            if outputs["labels"].max(initial=0) >= len(self.labels):
+                raise self._other_classes(int(outputs["labels"].max()) + 1)
+            return [unpad(*row) for row in zip(boxes, scores, outputs["labels"], strict=True)]
+        if scores.shape[-1] != len(self.labels):
+            raise self._other_classes(scores.shape[-1])
+        return [suppress(*row, self._suppression) for row in zip(boxes, scores, strict=True)]
+
+    def segment(self, images: np.ndarray) -> np.ndarray:
+        """The most probable class of each pixel, an index into `labels`: (N, H, W) uint8.
+
+        Raises:
+            EngineError: the model is of another task, or as `__call__`.
+        """
+        if self.task != "segmentation":
+            raise EngineError(f"{self.path} is a {self.task} model; only segmentation models segment")
+        outputs = self._outputs(images)
+        if "labels" in outputs:
+            return outputs["labels"]
+        logits = outputs["logits"]
+        if logits.shape[1] != len(self.labels):
+            raise self._other_classes(logits.shape[1])
+        return logits.argmax(1).astype(np.uint8)
+
+    def probabilities(self, images: np.ndarray) -> np.ndarray:
+        """Of a classifier: (N, classes) float32; arguments and errors as `__call__`."""
         logits = self.logits(images)
         if not np.isfinite(logits).all():
             raise EngineError(
@@ -89,7 +162,11 @@ class Engine:
         return softmax(logits)
 
     def logits(self, images: np.ndarray) -> np.ndarray:
-        """Logits (N, classes) float32 of a batch; arguments and errors as `__call__`."""
+        """Of a classifier: logits (N, classes) float32 of a batch; arguments and errors as `__call__`."""
+        if self.task != "classification":
+            raise EngineError(
+                f"{self.path} is a {self.task} model, which has no class probabilities; call it"
+            )
         return self._session(images)
 
     def preprocess(self, sources: Sequence[Source] | Source, resize: bool = False) -> np.ndarray:
@@ -120,6 +197,22 @@ class Engine:
     def __repr__(self) -> str:
         what = f"{self.name} {self.precision}".strip()
         return f"<Engine {what} of {self.path}, {self.threads} threads, {len(self.labels)} classes>"
+
+    def _outputs(self, images: np.ndarray, finite: Sequence[str] = ("logits",)) -> dict[str, np.ndarray]:
+        outputs = self._session.outputs(images)
+        for name in finite:
+            if name in outputs and not np.isfinite(outputs[name]).all():
+                raise EngineError(
+                    f"{self.name} computed {name} that are not finite from {self._session.path.name}; try another "
+                    "engine or precision"
+                )
+        return outputs
+
+    def _other_classes(self, found: int) -> BundleError:
+        return BundleError(
+            f"{self._session.path} has {found} classes or more, but there are {len(self.labels)} labels; the parts do "
+            "not belong together"
+        )
 
     def _check_model_fits(self) -> None:
         """The model's own shapes against the manifest's: a swapped file is caught before it predicts."""

@@ -14,11 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from .detections import Suppression
 from .errors import BundleError, CveffError
 from .input_spec import InputSpec
 
 SCHEMA_VERSION = 1
 FILE_NAME = "manifest.json"
+TASKS = ("classification", "detection", "segmentation")
 
 _KEYS: Mapping[str, type | tuple[type, ...]] = {
     "schema_version": int,
@@ -113,14 +115,7 @@ def check_manifest(manifest: Any, name: str = FILE_NAME) -> None:
         _value(manifest, key, kind, name)
     if version != SCHEMA_VERSION:
         raise BundleError(f"{name}: schema_version is {version!r}; it must be {SCHEMA_VERSION}")
-    if manifest["task"] != "classification":
-        raise BundleError(f"{name}: task is {manifest['task']!r}; this program runs classification bundles")
-    if not manifest["labels"] or not all(isinstance(label, str) for label in manifest["labels"]):
-        raise BundleError(f"{name}: labels must be a list of strings, one a class")
-    try:
-        InputSpec.from_json(manifest["input"])
-    except (CveffError, TypeError) as error:
-        raise BundleError(f"{name}: {error}") from None
+    check_task(manifest, name)
     if "instructions" in manifest:
         _check_instructions(_value(manifest, "instructions", list, name), name)
     listed = _check_files(manifest["files"], name)
@@ -131,6 +126,24 @@ def check_manifest(manifest: Any, name: str = FILE_NAME) -> None:
         for file in needed:
             if file not in listed:
                 raise BundleError(f"{name}: files does not list {file!r}, which {model_file.engine} opens")
+
+
+def check_task(values: Mapping[str, Any], name: str) -> None:
+    """Check `task`, `labels`, `input` and, of a detector, `suppression`.
+
+    Raises:
+        BundleError: names the key.
+    """
+    if values["task"] not in TASKS:
+        raise BundleError(f"{name}: task is {values['task']!r}; this program runs {', '.join(TASKS)} bundles")
+    if not values["labels"] or not all(isinstance(label, str) for label in values["labels"]):
+        raise BundleError(f"{name}: labels must be a list of strings, one a class")
+    try:
+        InputSpec.from_json(values["input"])
+        if values["task"] == "detection":
+            Suppression.from_json(values.get("suppression"))
+    except (CveffError, TypeError) as error:
+        raise BundleError(f"{name}: {error}") from None
 
 
 def model_files(manifest: Mapping[str, Any], name: str = FILE_NAME) -> list[ModelFile]:

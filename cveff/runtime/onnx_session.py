@@ -75,6 +75,7 @@ class OnnxSession(Session):
         inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
         output = next((item for item in outputs if item.name == "logits"), outputs[0])
         self._input, self._output = (inputs[0].name if inputs else ""), [output.name]
+        self._outputs = [item.name for item in outputs]
         self._describe(
             [(item.name, [_dimension(size) for size in item.shape]) for item in inputs],
             inputs[0].type.removeprefix("tensor(").removesuffix(")") if inputs else "",
@@ -113,14 +114,25 @@ class OnnxSession(Session):
             kinds = ", ".join(sorted(set(elsewhere)))
             self.notes = (f"{len(elsewhere)} nodes of {self.path.name} are not on {provider.name}: {kinds}",)
 
+    def metadata(self) -> dict[str, str]:
+        """The file's `metadata_props`."""
+        return dict(self._session.get_modelmeta().custom_metadata_map)
+
     def _run(self, images: np.ndarray) -> np.ndarray:
+        return np.asarray(self._infer(self._output, images)[0], np.float32)
+
+    def _run_all(self, images: np.ndarray) -> dict[str, np.ndarray]:
+        return dict(zip(self._outputs, self._infer(self._outputs, images), strict=True))
+
+    def _infer(self, names: list[str], images: np.ndarray) -> list[np.ndarray]:
         if self._session is None:
             raise EngineError(f"{self.path.name} was closed; open it again")
         try:
-            if self._bound is not None:
+            if self._bound is not None and names == self._output:
                 with self._lock:
-                    return self._bound(images)
-            return np.asarray(self._session.run(self._output, {self._input: images})[0], np.float32)
+                    return [self._bound(images)]
+            values: list[np.ndarray] = self._session.run(names, {self._input: images})
+            return values
         except Exception as error:
             raise EngineError(
                 f"ONNX Runtime failed while running {self.path}: {engine_message(error)}"

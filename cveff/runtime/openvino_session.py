@@ -8,7 +8,7 @@ networks compiled for a size, and an image gets the same logits in whatever batc
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,7 @@ class OpenVinoSession(Session):
         inputs, outputs = self._model.inputs, self._model.outputs
         output = next((item for item in outputs if "logits" in item.get_names()), outputs[0])
         self._output = outputs.index(output)
+        self._names = [_name(item) for item in outputs]
         self._requests: dict[int, Any] = {}  # by batch size, one request for each stream
         self._last_batch = 0
         self._lock = threading.Lock()  # an infer request holds its own buffers: one caller at a time
@@ -81,20 +82,27 @@ class OpenVinoSession(Session):
         )
 
     def _run(self, images: np.ndarray) -> np.ndarray:
+        return np.asarray(self._run_outputs(images, [self._output])[0], np.float32)
+
+    def _run_all(self, images: np.ndarray) -> dict[str, np.ndarray]:
+        return dict(zip(self._names, self._run_outputs(images, range(len(self._names))), strict=True))
+
+    def _run_outputs(self, images: np.ndarray, indices: Sequence[int]) -> list[np.ndarray]:
+        """Those outputs of a batch, run in parts, each an array of its own."""
         with self._lock:
             if self._model is None:
                 raise EngineError(f"{self.path.name} was closed; open it again")
             try:
-                logits, start = [], 0
+                parts, start = [], 0
                 for size, count in self._rounds(len(images)):
                     stop = start + size * count
-                    logits += self._infer(np.split(images[start:stop], count))
+                    parts += self._infer(np.split(images[start:stop], count), indices)
                     start = stop
             except Exception as error:
                 raise EngineError(
                     f"OpenVINO failed while running {self.path}: {engine_message(error)}"
                 ) from error
-        return logits[0] if len(logits) == 1 else np.concatenate(logits)
+        return parts[0] if len(parts) == 1 else [np.concatenate(part) for part in zip(*parts, strict=True)]
 
     def _rounds(self, batch: int) -> list[tuple[int, int]]:
         """(size, count): parts of one size, as many as there are streams or fewer, that run at once."""
@@ -116,8 +124,8 @@ class OpenVinoSession(Session):
             parts += [size] * count
         return parts
 
-    def _infer(self, parts: list[np.ndarray]) -> list[np.ndarray]:
-        """Logits of parts of one size."""
+    def _infer(self, parts: list[np.ndarray], indices: Sequence[int]) -> list[list[np.ndarray]]:
+        """Those outputs of parts of one size, that run at once."""
         size = len(parts[0])
         requests = self._requests.get(size)
         if requests is None:
@@ -130,7 +138,7 @@ class OpenVinoSession(Session):
                 request.start_async([part], share_inputs=True)
             for request in running:
                 request.wait()
-        return [np.array(request.get_output_tensor(self._output).data, np.float32) for request in running]
+        return [[np.array(request.get_output_tensor(index).data) for index in indices] for request in running]
 
     def _compile(self, batch: int) -> list[Any]:
         model = self._model
@@ -147,7 +155,7 @@ class OpenVinoSession(Session):
 
 
 def _name(port: Any) -> str:
-    return min(port.get_names(), default="an unnamed input")
+    return min(port.get_names(), default="an unnamed tensor")
 
 
 def _dtype(port: Any) -> str:

@@ -49,7 +49,7 @@ def fit(image: Image.Image, spec: InputSpec, resize: bool = False, name: str = "
             f"{name} {image.width}×{image.height} is smaller than the model's {width}×{height} input; "
             "resize it, or pass resize=True (--resize on the command line)"
         )
-    new_height, new_width = _resized(image.height, image.width, spec)
+    new_height, new_width = resized(image.height, image.width, spec)
     if new_height * new_width > MAX_PIXELS:
         raise ImageError(
             f"{name} {image.width}×{image.height} would become {new_width}×{new_height} pixels; "
@@ -93,8 +93,8 @@ def _as_sequence(sources: Sequence[Source] | Source) -> Sequence[Source]:
     return sources
 
 
-def _resized(height: int, width: int, spec: InputSpec) -> tuple[int, int]:
-    """(height, width) to resize to. The roundings differ between the modes because timm's do."""
+def resized(height: int, width: int, spec: InputSpec) -> tuple[int, int]:
+    """(height, width) that an image is resized to before the crop. The modes round differently because timm's do."""
     target_height, target_width = math.floor(spec.size[0] / spec.crop), math.floor(spec.size[1] / spec.crop)
     if spec.crop_mode == "squash":
         return target_height, target_width

@@ -1,4 +1,4 @@
-"""Classifies images with a bundle from the command line: what a bundle's `run.py` and `cveff run` call."""
+"""Runs a bundle on images from the command line: what a bundle's `run.py` and `cveff run` call."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 
 from . import open as open_bundle
+from .answers import Settings, answers, line
 from .engine import Engine
 from .errors import CveffError, ImageError, InputSizeError
 from .preprocess import IMAGE_SUFFIXES, decode, fit
 from .processor import processor_notes
 
-_EPILOG = "Exit codes: 0 all images classified; 2 a wrong option, bundle or image (named on stderr); 1 a bug."
+_EPILOG = "Exit codes: 0 all images answered; 2 a wrong option, bundle or image (named on stderr); 1 a bug."
 
 
 def main(argv: Sequence[str], bundle: str | Path | None = None) -> int:
@@ -55,27 +56,55 @@ def main(argv: Sequence[str], bundle: str | Path | None = None) -> int:
         return 0
 
 
-def classify(
-    engine: Engine, paths: Sequence[Path], *, batch_size: int = 8, top_k: int = 5, resize: bool = False
+def answer_images(
+    engine: Engine, paths: Sequence[Path], settings: Settings, *, batch_size: int = 8, resize: bool = False
 ) -> Iterator[dict[str, Any]]:
-    """Classify image files, one result each, in order; one that cannot be read does not stop the others.
+    """Run on image files, one result each, in order; one that cannot be read does not stop the others.
 
     Yields:
-        `{"path", "predictions": [{"label", "index", "probability"}]}`, most probable first, or
-        `{"path", "error"}`.
+        `{"path"}` with what `answers` says: `"predictions": [{"label", "index", "probability"}]`,
+        `"detections": [{"label", "index", "score", "box"}]`, or `"classes": [{"label", "index", "share"}]` and
+        `"mask"`; or `{"path", "error"}`.
     """
-    results: list[dict[str, Any]] = []
-    pixels: list[np.ndarray] = []
+    batch = _Batch(engine, settings)
     for path in paths:
         try:
-            pixels.append(fit(decode(path, engine.spec.channels), engine.spec, resize, str(path)))
-            results.append({"path": str(path)})
+            image = decode(path, engine.spec.channels)
+            batch.add(path, fit(image, engine.spec, resize, str(path)), (image.height, image.width))
         except (ImageError, InputSizeError) as error:
-            results.append({"path": str(path), "error": str(error)})
-        if len(pixels) == batch_size:
-            yield from _predicted(engine, results, pixels, top_k)
-            results, pixels = [], []
-    yield from _predicted(engine, results, pixels, top_k)
+            batch.results.append({"path": str(path), "error": str(error)})
+        if len(batch.pixels) == batch_size:
+            yield from batch.flush()
+    yield from batch.flush()
+
+
+class _Batch:
+    """Images that wait to be run together, and results in order, those of unreadable files among them."""
+
+    def __init__(self, engine: Engine, settings: Settings) -> None:
+        self._engine, self._settings = engine, settings
+        self._clear()
+
+    def add(self, path: Path, pixels: np.ndarray, size: tuple[int, int]) -> None:
+        self.results.append({"path": str(path)})
+        self.pixels.append(pixels)
+        self.sizes.append(size)
+
+    def flush(self) -> list[dict[str, Any]]:
+        results = self.results
+        waiting = [result for result in results if "error" not in result]
+        if waiting:
+            names = [result["path"] for result in waiting]
+            found = answers(self._engine, np.stack(self.pixels), self.sizes, names, self._settings)
+            for result, answer in zip(waiting, found, strict=True):
+                result |= answer
+        self._clear()
+        return results
+
+    def _clear(self) -> None:
+        self.results: list[dict[str, Any]] = []
+        self.pixels: list[np.ndarray] = []
+        self.sizes: list[tuple[int, int]] = []
 
 
 def image_paths(sources: Sequence[str | Path]) -> list[Path]:
@@ -108,11 +137,13 @@ def _parser(names_bundle: bool) -> argparse.ArgumentParser:
     example = "cveff run my.bundle" if names_bundle else "python run.py"
     parser = argparse.ArgumentParser(
         prog="cveff run" if names_bundle else "run.py",
-        description=f"Classify images. Example: {example} cat.jpg photos/ --top-k 3",
+        description=f"Run the model on images. Example: {example} cat.jpg photos/ --top-k 3",
         epilog=_EPILOG,
     )
     if names_bundle:
-        parser.add_argument("bundle", help="folder written by `cveff deploy`")
+        parser.add_argument(
+            "bundle", help="folder written by `cveff deploy`, or file written by `cveff export`"
+        )
     parser.add_argument(
         "images", nargs="+", metavar="IMAGE_OR_FOLDER", help="image files, or folders of them"
     )
@@ -120,7 +151,13 @@ def _parser(names_bundle: bool) -> argparse.ArgumentParser:
         "--engine", help="use this engine's file, e.g. onnxruntime, openvino, openvino:int8; tensorrt"
     )
     parser.add_argument("--threads", type=_positive, help="threads of the engine (default: as measured)")
-    parser.add_argument("--top-k", type=_positive, default=5, help="classes to show an image (default 5)")
+    parser.add_argument("--top-k", type=_positive, help="classes (default 5) or detections (100) of an image")
+    parser.add_argument(
+        "--min-score", type=_share, default=0.5, help="leave out detections less certain (default 0.5)"
+    )
+    parser.add_argument(
+        "--masks", type=Path, metavar="FOLDER", help="write segmentation masks there, PNG of class indices"
+    )
     parser.add_argument("--batch-size", type=_positive, default=8, help="images a call (default 8)")
     parser.add_argument("--resize", action="store_true", help="enlarge images smaller than the model's input")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
@@ -138,31 +175,27 @@ def _positive(text: str) -> int:
     return value
 
 
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number between 0 and 1")
+    return value
+
+
 def _run(options: argparse.Namespace, bundle: Path) -> int:
     paths = image_paths(options.images)
     with open_bundle(bundle, options.engine, options.threads, verify=not options.no_verify) as engine:
         for note in processor_notes(engine.manifest, engine.file):
             print(f"warning: {note}", file=sys.stderr)
-        results = classify(
-            engine, paths, batch_size=options.batch_size, top_k=options.top_k, resize=options.resize
-        )
+        if options.masks is not None and engine.task != "segmentation":
+            raise CveffError(f"--masks is for segmentation; {bundle} is a {engine.task} model: leave it out")
+        top_k = options.top_k or (100 if engine.task == "detection" else 5)
+        settings = Settings(top_k, options.min_score, options.masks)
+        results = answer_images(engine, paths, settings, batch_size=options.batch_size, resize=options.resize)
         return _print_json(engine, list(results)) if options.json else _print_lines(results, paths)
-
-
-def _predicted(
-    engine: Engine, results: list[dict[str, Any]], pixels: list[np.ndarray], top_k: int
-) -> Iterator[dict[str, Any]]:
-    """Fill in the predictions of the results that have pixels."""
-    probabilities = iter(engine(np.stack(pixels)) if pixels else ())
-    for result in results:
-        if "error" not in result:
-            row = next(probabilities)
-            best = np.argsort(-row, kind="stable")[:top_k]
-            result["predictions"] = [
-                {"label": engine.labels[index], "index": int(index), "probability": float(row[index])}
-                for index in best
-            ]
-        yield result
 
 
 def _print_lines(results: Iterator[dict[str, Any]], paths: Sequence[Path]) -> int:
@@ -173,13 +206,9 @@ def _print_lines(results: Iterator[dict[str, Any]], paths: Sequence[Path]) -> in
             num_failed += 1
             print(f"error: {result['error']}", file=sys.stderr)
             continue
-        words = [
-            f"{' '.join(item['label'].split())} {100 * item['probability']:.1f}%"
-            for item in result["predictions"]
-        ]
-        print(f"{result['path']:<{width}}  {'   '.join(words)}")
+        print(f"{result['path']:<{width}}  {line(result)}")
     if num_failed:
-        print(f"{num_failed} of {len(paths)} images could not be classified", file=sys.stderr)
+        print(f"{num_failed} of {len(paths)} images could not be read", file=sys.stderr)
     return 2 if num_failed else 0
 
 

@@ -63,6 +63,18 @@ class Session(ABC):
             return np.zeros((0, self.num_classes or self._run(one).shape[-1]), np.float32)
         return self._run(np.ascontiguousarray(images))
 
+    def outputs(self, images: np.ndarray) -> dict[str, np.ndarray]:
+        """Every output of the file by name, in its own type; arguments and errors as `__call__`."""
+        self._check(images)
+        if len(images) == 0:
+            one = np.zeros((self.batch or 1, *images.shape[1:]), np.uint8)
+            return {name: value[:0] for name, value in self._run_all(one).items()}
+        return self._run_all(np.ascontiguousarray(images))
+
+    def metadata(self) -> dict[str, str]:
+        """What the file says about itself, as written; empty where the engine does not tell."""
+        return {}
+
     def close(self) -> None:
         """Free the engine's memory. The session cannot be used afterwards; closing twice is harmless."""
         self._release()
@@ -75,6 +87,10 @@ class Session(ABC):
 
     @abstractmethod
     def _run(self, images: np.ndarray) -> np.ndarray: ...
+
+    def _run_all(self, images: np.ndarray) -> dict[str, np.ndarray]:
+        """Engines that run files with other outputs than logits return those, too."""
+        return {"logits": self._run(images)}
 
     @abstractmethod
     def _release(self) -> None: ...

@@ -132,7 +132,7 @@ def deep(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
         ("engine.options", {"inference_precision": "int4"}, "inference_precision"),
         ("input.crop", 0, "input.crop"),
         ("labels", [], "labels"),
-        ("task", "segmentation", "task"),
+        ("task", "poetry", "task"),
         ("candidates.0.chosen", False, "candidates"),
         ("machine", {}, "machine"),
         ("model.name", "", "model.name"),

@@ -114,7 +114,8 @@ def test_a_missing_key_of_a_file_is_named(tiny_bundle: Path, key: str) -> None:
         ({"labels": []}, "labels must be"),
         ({"labels": ["a", 3]}, "labels must be"),
         ({"labels": ["a", "b"]}, "5 classes, but the manifest has 2 labels"),
-        ({"task": "detection"}, "task is 'detection'"),
+        ({"task": "poetry"}, "task is 'poetry'"),
+        ({"task": "detection"}, "suppression is None"),
         ({"input": {}}, "input.size is missing"),
         ({"input": {"size": [32]}}, "input.size is"),
         ({"input": {"size": [32, 40], "colour": 1}}, "unknown keys"),
@@ -218,7 +219,7 @@ def test_something_that_is_no_regular_file_is_refused(tiny_bundle: Path) -> None
 
 def test_not_a_bundle(tmp_path: Path, tiny_onnx: Path) -> None:
     refused(tmp_path / "none", "is not a folder")
-    refused(tiny_onnx, "is not a folder")
+    refused(tiny_onnx, "does not say what it is")
     refused(tmp_path, "it has no manifest.json")
 
 

@@ -130,7 +130,7 @@ def test_a_bad_image_does_not_stop_the_others(tiny_bundle: Path, photos: Path) -
     assert [Path(line.split()[0]).name for line in result.stdout.splitlines()] == ["a.png", "c.webp", "d.png"]
     assert "b.JPG is not an image" in result.stderr
     assert "small.png 4×4 is smaller than the model's 40×32 input" in result.stderr
-    assert "2 of 5 images could not be classified" in result.stderr
+    assert "2 of 5 images could not be read" in result.stderr
     assert "Traceback" not in result.stderr
     document = json.loads(script(tiny_bundle, photos, "--json", "--resize").stdout)
     assert [Path(item["path"]).name for item in document["errors"]] == ["b.JPG"]
