@@ -17,7 +17,7 @@ from cveff.compress.quant.network import is_quantized
 from cveff.compress.quant.points import Points
 from cveff.compress.quant.post_training import PostTraining, Quantized
 from cveff.compress.quant.ranges import rounding_off
-from cveff.compress.quant.reduced import reduce_floats
+from cveff.compress.quant.reduced import reduce_floats, reduce_rest
 from cveff.compress.quant.saturation import predict_saturation
 from cveff.compress.samples import mixed as shuffled
 from cveff.data.augment import normalize
@@ -119,7 +119,7 @@ class Int8:
         return self._write(path, mixed.quantized, mixed)
 
     def tensorrt(self, precision: str) -> Path:
-        """The model in the types that TensorRT computes in: "fp16", "bf16", "fp8", or "int8" rounded as it does.
+        """The model in the types that TensorRT computes in: "fp16", "bf16", or "fp8" and "int8" with the rest in fp16.
 
         Raises:
             ExportError: no calibration images, or the graph is none that TensorRT takes.
@@ -133,6 +133,8 @@ class Int8:
                 model = work.quantize(self.model.module, spec, batches).of(self.model)
             else:
                 model = reduce_floats(self.model, precision, batches, progress=self.progress)  # type: ignore[arg-type]
+            if precision in ("int8", "fp8"):
+                model = reduce_rest(model, batches, progress=self.progress)
             export(model, path)
         return path
 
