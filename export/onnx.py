@@ -21,7 +21,7 @@ from cveff.export.layer_check import compare_layers
 from cveff.export.metadata import write_metadata
 from cveff.export.normalize import deployable
 from cveff.export.qdq import finish, has_rounding, translations
-from cveff.export.simplify import fold_scale, simplify
+from cveff.export.simplify import fold_scale, measure_floats, simplify
 from cveff.export.trt_check import require_tensorrt
 from cveff.files import atomic_path
 from cveff.measure.parity import relative_difference
@@ -86,6 +86,7 @@ def _finish(
         finish(proto, integer_biases=not _for_tensorrt(model))
     else:
         fold_scale(proto)
+    measure_floats(proto)
     write_metadata(proto, model.spec, unsimplified)
     try:
         onnx.checker.check_model(proto, full_check=True)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cveff.cli import options
+from cveff.cli.check import exit_code, show_findings, to_json
 from cveff.cli.options import examples, milliseconds, percent, print_json, print_table, size
 from cveff.console import working
 
@@ -24,7 +25,12 @@ def register(app: typer.Typer) -> None:
             "cveff deploy mobilenetv4_conv_small --data photos/ --epochs 20 --out photos.bundle",
         )
     )(deploy)
-    app.command(epilog=examples("cveff export runs/digits --out digits.onnx"))(export)
+    app.command(
+        epilog=examples(
+            "cveff export runs/digits --out digits.onnx",
+            "cveff export runs/digits --target jetson-orin --check",
+        )
+    )(export)
     app.command(
         epilog=examples("cveff run digits.bundle photo.png folder/ --top-k 3"),
         add_help_option=False,
@@ -113,20 +119,38 @@ def export(
     ],
     out: Annotated[Path | None, typer.Option("--out", help="The ONNX file; by default MODEL.onnx.")] = None,
     opset: Annotated[int | None, typer.Option("--opset", min=18, help="ONNX operator set.")] = None,
-    check: Annotated[bool, typer.Option("--check/--no-check", help="Compare the file with PyTorch.")] = True,
+    target: Annotated[
+        str | None,
+        typer.Option("--target", help="Device profile with TensorRT that the file is for, or a .toml file."),
+    ] = None,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check/--no-check",
+            help="Compare the file with PyTorch and, with --target, say what TensorRT would refuse or run slowly.",
+        ),
+    ] = True,
     weights: options.Weights = None,
     labels: options.Labels = None,
     image_size: options.ImageSize = None,
     channels: options.ChannelsOption = None,
     quiet: options.Quiet = False,
     as_json: options.Json = False,
-) -> None:
-    """Export to a checked ONNX file that takes uint8 images; normalisation is inside."""
+) -> int:
+    """Export to a checked ONNX file that takes uint8 images; normalisation is inside.
+
+    With --target, exits with 2 if TensorRT would refuse the file; it is written all the same.
+    """
     with working(quiet) as progress:
         from cveff.export.onnx import OPSET
         from cveff.export.onnx import export as write_onnx
+        from cveff.export.trt_check import check_target, tensorrt_of
         from cveff.subject import open_model, read_labels
+        from cveff.target import load_target
 
+        profile = None if target is None else load_target(target)
+        if profile is not None:
+            tensorrt_of(profile)  # said before the work, not after
         opened = open_model(
             model,
             weights=weights,
@@ -136,11 +160,15 @@ def export(
         )
         progress.message(f"exporting {opened.spec.architecture}")
         path = write_onnx(opened, out or Path(f"{Path(model).name}.onnx"), opset=opset or OPSET, check=check)
+        found = check_target(path, profile) if check and profile is not None else []
     if as_json:
-        return print_json(
-            {"path": str(path), "bytes": path.stat().st_size, "input": opened.spec.input.to_json()}
-        )
-    return print_table("", ("file", "size"), [(path, size(path.stat().st_size))])
+        made = {"path": str(path), "bytes": path.stat().st_size, "input": opened.spec.input.to_json()}
+        print_json(made if profile is None else {**made, "target": profile.name, "findings": to_json(found)})
+        return exit_code(found)
+    print_table("", ("file", "size"), [(path, size(path.stat().st_size))])
+    if profile is not None and check:
+        show_findings(found, path, profile.name)
+    return exit_code(found)
 
 
 def run(context: typer.Context) -> int:
