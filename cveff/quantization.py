@@ -87,7 +87,7 @@ def quantize_step(settings: Mapping[str, Any], target: Target | None = None) -> 
 
     Args:
         settings: by `Quantize`'s names.
-        target: gives the scheme of int8, unless `settings` has one.
+        target: gives the scheme of int8, unless `settings` has one; TensorRT's leaves the rest in fp16.
 
     Raises:
         RecipeError: a setting is unknown or out of range, or the precision takes no notice of it.
@@ -97,7 +97,9 @@ def quantize_step(settings: Mapping[str, Any], target: Target | None = None) -> 
     if idle:
         raise RecipeError(f"{idle[0]} has no effect on {step.precision}; remove it")
     if step.precision in ("int8", "auto") and "scheme" not in settings and target is not None:
-        return replace(step, scheme=target.int8_scheme)
+        step = replace(step, scheme=target.int8_scheme)
+        if step.precision == "int8" and step.scheme == "tensorrt" and "rest" not in settings:
+            step = replace(step, rest="fp16")
     return step
 
 

@@ -24,7 +24,7 @@ from cveff.export.layer_check import compare_layers
 from cveff.export.metadata import write_metadata
 from cveff.export.normalize import deployable
 from cveff.export.qdq import finish, has_rounding, translations
-from cveff.export.simplify import fold_scale, simplify
+from cveff.export.simplify import fold_scale, measure_floats, simplify
 from cveff.export.task_outputs import Answer, Nms, Output
 from cveff.export.trt_check import require_tensorrt
 from cveff.files import atomic_path
@@ -107,6 +107,7 @@ def _finish(
         finish(proto, integer_biases=not _for_tensorrt(model))
     else:
         fold_scale(proto)
+    measure_floats(proto)
     write_metadata(proto, model.spec, unsimplified, task_outputs.describe(model))
     try:
         onnx.checker.check_model(proto, full_check=True)

@@ -73,6 +73,23 @@ def fold_scale(proto: onnx.ModelProto) -> bool:
     return True
 
 
+def measure_floats(proto: onnx.ModelProto) -> None:
+    """Let Shape read the converted pixels, in place: TensorRT's uint8 inputs go to a conversion and nowhere else."""
+    graph = proto.graph
+    image = graph.input[0].name
+    readers = [node for node in graph.node if image in node.input]
+    cast = next((node for node in readers if node.op_type == "Cast"), None)
+    shapes = [node for node in readers if node.op_type == "Shape"]
+    if cast is None or not shapes:
+        return
+    first = onnx.NodeProto()
+    first.CopyFrom(cast)
+    graph.node.remove(cast)
+    graph.node.insert(0, first)  # it reads the input alone, and Shape may stand before it
+    for node in shapes:
+        node.input[0] = first.output[0]
+
+
 def _scaling(graph: onnx.GraphProto, readers: dict[str, list[onnx.NodeProto]]) -> onnx.NodeProto | None:
     """The multiplication in images -> Cast -> Sub -> Mul."""
     name = graph.input[0].name

@@ -29,6 +29,8 @@ MOVING = {
     "Tile",
 }
 """Operators that commute with rounding: TensorRT moves a pair across them to the operator that uses it."""
+RANDOM = {"RandomNormal", "RandomUniform"}
+"""Operators that make values from nothing."""
 FLOATS = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE}
 EIGHT_BITS = {TensorProto.INT8, TensorProto.FLOAT8E4M3FN}
 
@@ -40,7 +42,7 @@ class TrtGraph:
         nodes: in order.
         constants: initialisers by name.
         maker: the node that writes a tensor; `readers`: those that read it, with the input's place.
-        types: element type of each tensor, as far as inference knows.
+        types, shapes: element type and axes of each tensor, as far as inference knows; None for an axis it does not.
     """
 
     def __init__(self, proto: onnx.ModelProto) -> None:
@@ -55,7 +57,7 @@ class TrtGraph:
         for node in self.nodes:
             for place, name in enumerate(node.input):
                 self.readers.setdefault(name, []).append((node, place))
-        self.types = self._types()
+        self.types, self.shapes = self._inferred()
 
     def opset(self) -> int:
         """Version of ONNX's own operators."""
@@ -97,7 +99,22 @@ class TrtGraph:
         node = self.source(name)
         return node if node is not None and node.op_type == kind else None
 
-    def _types(self) -> dict[str, int]:
+    def depends_on_values(self, name: str) -> bool:
+        """Whether a tensor depends on values that the network is given, and not on their shapes alone."""
+        seen, ahead = set(), [name]
+        while ahead:
+            name = ahead.pop()
+            if name in seen or not name or name in self.constants:
+                continue
+            seen.add(name)
+            node = self.maker.get(name)
+            if node is None or node.op_type in RANDOM:
+                return True
+            if node.op_type not in ("Shape", "Size"):
+                ahead.extend(node.input)
+        return False
+
+    def _inferred(self) -> tuple[dict[str, int], dict[str, tuple[int | None, ...]]]:
         bare = onnx.ModelProto()
         bare.CopyFrom(self.proto)
         del bare.graph.value_info[:]  # what the file says of its own tensors is what is to be checked
@@ -105,13 +122,24 @@ class TrtGraph:
             inferred = onnx.shape_inference.infer_shapes(bare).graph
         except onnx.shape_inference.InferenceError:
             inferred = bare.graph  # the checker says that types contradict each other
-        found = {
-            item.name: item.type.tensor_type.elem_type
+        known = [
+            item
             for group in (inferred.input, inferred.output, inferred.value_info)
             for item in group
+            if item.type.HasField("tensor_type")
+        ]
+        types = {item.name: item.type.tensor_type.elem_type for item in known}
+        types |= {name: item.data_type for name, item in self.constants.items()}
+        shapes = {
+            item.name: tuple(
+                axis.dim_value if axis.HasField("dim_value") else None
+                for axis in item.type.tensor_type.shape.dim
+            )
+            for item in known
+            if item.type.tensor_type.HasField("shape")
         }
-        found |= {name: item.data_type for name, item in self.constants.items()}
-        return {name: kind for name, kind in found.items() if kind}
+        shapes |= {name: tuple(item.dims) for name, item in self.constants.items()}
+        return {name: kind for name, kind in types.items() if kind}, shapes
 
 
 def label(node: onnx.NodeProto) -> str:

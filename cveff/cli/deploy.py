@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cveff.cli import options
+from cveff.cli.check import exit_code, show_findings, to_json
 from cveff.cli.options import examples, milliseconds, percent, print_json, print_table, size
 from cveff.console import working
 
@@ -44,6 +45,7 @@ def register(app: typer.Typer) -> None:
             "cveff export runs/digits --out digits.onnx",
             "cveff export runs/digits --out digits.pt2",
             "cveff quantize runs/digits --precision fp16 --data digits --onnx digits.fp16.onnx",
+            "cveff export runs/digits --target jetson-orin --check",
         )
     )(export)
     app.command(
@@ -139,7 +141,17 @@ def export(
         ),
     ] = None,
     opset: Annotated[int | None, typer.Option("--opset", min=18, help="ONNX operator set.")] = None,
-    check: Annotated[bool, typer.Option("--check/--no-check", help="Compare the file with PyTorch.")] = True,
+    target: Annotated[
+        str | None,
+        typer.Option("--target", help="Device profile with TensorRT that the file is for, or a .toml file."),
+    ] = None,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check/--no-check",
+            help="Compare the file with PyTorch and, with --target, say what TensorRT would refuse or run slowly.",
+        ),
+    ] = True,
     nms: Annotated[
         Nms | None, typer.Option("--nms", help="Of a detector: suppress in the file (onnx), or outside.")
     ] = None,
@@ -153,15 +165,21 @@ def export(
     channels: options.ChannelsOption = None,
     quiet: options.Quiet = False,
     as_json: options.Json = False,
-) -> None:
+) -> int:
     """Export to a checked ONNX file that takes uint8 images; normalisation is inside.
 
-    In float32; `cveff quantize` writes files in fp16, bf16 and fewer bits.
+    In float32; `cveff quantize` writes files in fp16, bf16 and fewer bits. With --target, exits with 2 if TensorRT
+    would refuse the file; it is written all the same.
     """
     with working(quiet) as progress:
         import cveff
+        from cveff.export.trt_check import check_target, tensorrt_of
         from cveff.subject import open_model, read_labels
+        from cveff.target import load_target
 
+        profile = None if target is None else load_target(target)
+        if profile is not None:
+            tensorrt_of(profile)  # said before the work, not after
         opened = open_model(
             model,
             weights=weights,
@@ -178,11 +196,15 @@ def export(
             nms=None if nms is None else nms.value,
             output=None if output is None else output.value,
         )
+        found = check_target(path, profile) if check and profile is not None else []
     if as_json:
-        return print_json(
-            {"path": str(path), "bytes": path.stat().st_size, "input": opened.spec.input.to_json()}
-        )
-    return print_table("", ("file", "size"), [(path, size(path.stat().st_size))])
+        made = {"path": str(path), "bytes": path.stat().st_size, "input": opened.spec.input.to_json()}
+        print_json(made if profile is None else {**made, "target": profile.name, "findings": to_json(found)})
+        return exit_code(found)
+    print_table("", ("file", "size"), [(path, size(path.stat().st_size))])
+    if profile is not None and check:
+        show_findings(found, path, profile.name)
+    return exit_code(found)
 
 
 def run(context: typer.Context) -> int:

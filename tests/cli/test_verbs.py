@@ -151,6 +151,27 @@ def test_export_writes_a_file_that_agrees(capsys, saved, tmp_path) -> None:
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * abs(expected).max())
 
 
+def test_export_for_a_target_says_what_its_tensorrt_takes(capsys, saved, tmp_path) -> None:
+    path = tmp_path / "net.onnx"
+    words = ["export", str(saved), "--out", str(path), "--opset", "21", "--check", "--target"]
+    assert _json(capsys, *words, "rtx")["findings"] == []
+    assert main([*words, "jetson-orin", "--json"]) == 2
+    (finding,) = json.loads(capsys.readouterr().out)["findings"]
+    assert (finding["rule"], finding["severity"]) == ("opset", "fails")
+    assert path.is_file()
+    path.unlink()
+    assert main([*words, "edge-cpu"]) == 2
+    assert "no tensorrt candidate" in capsys.readouterr().err and not path.exists()
+
+
+def test_check_reads_any_file(capsys, tiny_onnx) -> None:
+    assert _json(capsys, "check", str(tiny_onnx), "--target", "server-gpu")["findings"] == []
+    assert main(["check", str(tiny_onnx), "--target", "jetson-orin-dla"]) == 0, "what is slow is no failure"
+    assert "DLA computes in float16" in capsys.readouterr().out
+    assert main(["check", "absent.onnx"]) == 2
+    assert "absent.onnx is not a readable ONNX file" in capsys.readouterr().err
+
+
 def test_bench_and_verify(capsys, tiny_onnx, tiny_bundle) -> None:
     words = ["--batch", "1", "--batch", "3", "--rounds", "2", "--no-memory", "--threads", "1"]
     figures = _json(capsys, "bench", str(tiny_onnx), str(tiny_bundle), *words)

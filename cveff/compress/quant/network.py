@@ -14,10 +14,11 @@ from cveff.compress.quant.aware import RoundingAware
 from cveff.compress.quant.capture import capture, constant, identify, set_parameter
 from cveff.compress.quant.fake_quant import FakeQuantize
 from cveff.compress.quant.layers import find_layers, input_rounding, weight_rounding
-from cveff.compress.quant.placement import Placement, Scheme, Site, WeightSite
+from cveff.compress.quant.placement import Placement, Site, WeightSite
 from cveff.compress.quant.round_bias import RoundBias
 from cveff.errors import CheckpointError
 from cveff.runtime.input_spec import InputSpec
+from cveff.target import Scheme
 from cveff.train.objective import Objective
 
 ROUNDING = "rounding"
