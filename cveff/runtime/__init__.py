@@ -1,4 +1,5 @@
-"""Opens a bundle, checks it and runs it: numpy, Pillow and an engine; no torch anywhere below this folder.
+"""Opens a bundle, checks it and runs it: numpy, Pillow and an engine; no torch anywhere below this folder,
+unless the engine is AOTInductor, whose packages run on it.
 
 The folder uses only relative imports, because every bundle carries a verbatim copy of it as `runtime/`.
 """

@@ -101,6 +101,9 @@ def read_package(path: str | Path) -> dict[str, Any]:
     """
     try:
         with zipfile.ZipFile(path) as package:
+            # PyTorch's loader crashes on a package without code, or with damaged code.
+            if package.testzip() is not None or not any(map(_is_code, package.namelist())):
+                raise zipfile.BadZipFile("its machine code is damaged or missing")
             names = [name for name in package.namelist() if name.endswith("_metadata.json")]
             written = [json.loads(package.read(name)) for name in names]
         return next(json.loads(values[KEY]) for values in written if KEY in values)
@@ -110,3 +113,7 @@ def read_package(path: str | Path) -> dict[str, Any]:
         raise EngineError(
             f"{path} is no package that can be read ({error}); copy or compile it again"
         ) from error
+
+
+def _is_code(name: str) -> bool:
+    return name.endswith((".so", ".pyd", ".dylib"))

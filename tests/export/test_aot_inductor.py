@@ -34,6 +34,7 @@ from cveff.target import Target
 
 pytestmark = pytest.mark.slow  # a C++ compiler runs for ten seconds or more
 
+FOLDER = "model/data/aotinductor/model"
 AOT = Target(
     "aot",
     "one thread, for tests",
@@ -41,6 +42,13 @@ AOT = Target(
     threads=1,
     batch_sizes=(1, 4),
 )
+
+
+def write_package(path: Path, metadata: dict[str, str]) -> None:
+    """An archive that is laid out like AOTInductor's, with code that is none."""
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(f"{FOLDER}/a.wrapper.so", b"no code")
+        archive.writestr(f"{FOLDER}/a.wrapper_metadata.json", json.dumps(metadata))
 
 
 @pytest.fixture(scope="module")
@@ -133,15 +141,32 @@ def test_damaged_and_foreign_packages(package: Path, tmp_path: Path) -> None:
     for name in ("cut.pt2", "empty.pt2"):
         with pytest.raises(EngineError, match=f"{name} is no package that can be read"):
             open_file("aot-inductor", tmp_path / name, threads=1)
-    with zipfile.ZipFile(tmp_path / "foreign.pt2", "w") as other:
-        other.writestr("model/data/aotinductor/model/a.wrapper_metadata.json", "{}")
+    write_package(tmp_path / "foreign.pt2", {})
     with pytest.raises(EngineError, match="was not compiled by cveff"):
         open_file("aot-inductor", tmp_path / "foreign.pt2", threads=1)
     with zipfile.ZipFile(tmp_path / "hollow.pt2", "w") as hollow:
-        about = {KEY: json.dumps(read_package(package))}
-        hollow.writestr("model/data/aotinductor/model/a.wrapper_metadata.json", json.dumps(about))
-    with pytest.raises(EngineError, match=r"cannot open .*hollow\.pt2, which torch .* compiled"):
+        hollow.writestr(f"{FOLDER}/a.wrapper_metadata.json", "{}")
+    with pytest.raises(EngineError, match="machine code is damaged or missing"):
         open_file("aot-inductor", tmp_path / "hollow.pt2", threads=1)
+    changed = bytearray(package.read_bytes())
+    changed[len(changed) // 2] ^= 1
+    (tmp_path / "changed.pt2").write_bytes(changed)
+    with pytest.raises(EngineError, match=r"changed\.pt2 is no package that can be read"):
+        open_file("aot-inductor", tmp_path / "changed.pt2", threads=1)
+
+
+def test_what_the_loader_says_is_repeated_with_both_versions(
+    package: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: str) -> None:
+        raise RuntimeError("undefined symbol: aoti_torch_new")
+
+    monkeypatch.setattr(importlib.import_module("torch._inductor"), "aoti_load_package", refuse)
+    version = torch.__version__.partition("+")[0]
+    with pytest.raises(
+        EngineError, match=f"which torch {version} compiled .this is {version}.*aoti_torch_new"
+    ):
+        open_file("aot-inductor", package, threads=1)
 
 
 def test_a_closed_session_says_so(package: Path, digits_model: Model) -> None:
@@ -229,16 +254,26 @@ def test_settings_that_do_not_fit(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_name_of_the_file_says_what_is_exported(
+    tmp_path: Path, digits_model: Model, package: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def copied(model: Model, path: Path, check: bool) -> Path:
+        assert not check
+        return path
+
+    monkeypatch.setattr(aot_inductor, "compile_package", copied)
+    assert cveff.export(digits_model, tmp_path / "m.pt2", check=False) == tmp_path / "m.pt2"
+    with pytest.raises(ExportError, match="opset is of ONNX files"):
+        cveff.export(digits_model, tmp_path / "m.pt2", opset=20)
+
+
 def test_a_gpu_that_is_not_there(
     tmp_path: Path, digits_model: Model, package: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(MissingDependencyError, match="finds no GPU"):
         compile_package(digits_model, tmp_path / "m.pt2", device="cuda")
-    about = {**read_package(package), "device": "cuda"}
-    with zipfile.ZipFile(tmp_path / "gpu.pt2", "w") as other:
-        text = json.dumps({KEY: json.dumps(about)})
-        other.writestr("model/data/aotinductor/model/a.wrapper_metadata.json", text)
+    write_package(tmp_path / "gpu.pt2", {KEY: json.dumps({**read_package(package), "device": "cuda"})})
     with pytest.raises(EngineError, match="compiled for a GPU, and PyTorch finds none"):
         open_file("aot-inductor", tmp_path / "gpu.pt2", threads=1)
 

@@ -20,9 +20,9 @@ import pytest
 import cveff.runtime
 from cveff.errors import BundleError, CveffError, EngineError
 from cveff.export.bundle import requirements, schema, validate, write_bundle
-from cveff.export.triton import model_name
+from cveff.export.triton import config, model_name
 from cveff.runtime.input_spec import CROP_MODES, INTERPOLATIONS, InputSpec
-from cveff.runtime.manifest import SCHEMA_VERSION, read_manifest, sha256
+from cveff.runtime.manifest import SCHEMA_VERSION, ModelFile, read_manifest, sha256
 
 Maker = Callable[..., dict[str, Any]]
 
@@ -334,6 +334,28 @@ def test_triton_is_told_when_openvino_reads_onnx(
     assert 'default_model_filename: "model.onnx"' in text
     assert "INFERENCE_NUM_THREADS" not in text
     assert leftovers(bundle / "triton/tiny_net/1") == ["model.onnx"]
+
+
+@pytest.mark.parametrize(
+    ("engine", "options", "words"),
+    [
+        ("onnxruntime", {}, ["KIND_CPU"]),
+        ("onnxruntime-cuda", {}, ['backend: "onnxruntime"', "KIND_GPU"]),
+        ("onnxruntime-tensorrt", {}, ["KIND_GPU", 'gpu_execution_accelerator [ { name: "tensorrt" } ]']),
+        ("openvino", {}, ['"LATENCY"', 'key: "NUM_STREAMS" value: { string_value: "1" }']),
+        (
+            "openvino",
+            {"performance_hint": "throughput", "streams": 4},
+            ['"THROUGHPUT"', 'key: "NUM_STREAMS" value: { string_value: "4" }'],
+        ),
+    ],
+)
+def test_triton_is_told_what_the_engine_was(
+    engine: str, options: dict[str, Any], words: list[str], manifest_maker: Maker
+) -> None:
+    text = config(manifest_maker(), "net", ModelFile(engine, "model.onnx", 2, options))
+    assert all(word in text for word in words)
+    assert ("KIND_GPU" in text) == (engine in ("onnxruntime-cuda", "onnxruntime-tensorrt"))
 
 
 def test_triton_runs_an_unoptimised_file_unoptimised(
