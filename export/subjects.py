@@ -32,8 +32,8 @@ class Subject:
 
     Attributes:
         name: what tables call it.
-        kind: "module", "onnx", "openvino" or "bundle".
-        engine: "torch", "onnxruntime" or "openvino"; `options` are the engine's.
+        kind: "module", "onnx", "openvino", "tensorrt" or "bundle".
+        engine: "torch", "onnxruntime", "openvino" or "tensorrt"; `options` are the engine's.
         precision: of a bundle's file; "" where unknown.
         predictor: uint8 NHWC -> logits.
         spec: what it takes; None for a file that does not say.
@@ -100,8 +100,9 @@ def open_subject(source: Source, *, threads: int | None = None, name: str | None
     """Open `source` for measuring.
 
     Args:
-        source: a `Model`; (module, its `InputSpec`); a folder written by `cveff.save`; a `.onnx` or `.xml`
-            file; a bundle. "openvino:FILE" and "onnxruntime:FILE" choose the engine of a file or a bundle.
+        source: a `Model`; (module, its `InputSpec`); a folder written by `cveff.save`; a `.onnx`, `.xml`
+            or `.plan` file; a bundle. "openvino:FILE", "onnxruntime:FILE" and "tensorrt:FILE" choose the engine of
+            a file or a bundle.
         threads: of the engine; by default every core this process may use.
         name: what to call it.
 
