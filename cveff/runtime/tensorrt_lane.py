@@ -197,7 +197,9 @@ class Lanes:
         self.discard(lane)
 
     def discard(self, lane: Lane) -> None:
-        """Close a lane that failed."""
+        """Close a lane that failed, or that is needed no more."""
+        with self._changed:
+            self._num_special -= lane.batch is not None
         lane.close()
         self._forget()
 
