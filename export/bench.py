@@ -29,7 +29,7 @@ class Figures:
     """One subject at one batch size. Times are milliseconds a call.
 
     Attributes:
-        kind: "module", "onnx", "openvino", "aot-inductor" or "bundle".
+        kind: "module", "onnx", "openvino", "tensorrt", "aot-inductor" or "bundle".
         engine: "torch", or one of `cveff.runtime.engines.ENGINES`; `precision` where a bundle says so, else "".
         median_ms, p10, p90: over all timed calls; `spread` is their interquartile range over the median.
         throughput: images a second at the median.

@@ -37,7 +37,7 @@ class Subject:
 
     Attributes:
         name: what tables call it.
-        kind: "module", "onnx", "openvino", "aot-inductor" or "bundle".
+        kind: "module", "onnx", "openvino", "tensorrt", "aot-inductor" or "bundle".
         engine: "torch", or one of `cveff.runtime.engines.ENGINES`; `options` are the engine's.
         precision: of a bundle's file; "" where unknown.
         predictor: uint8 NHWC -> logits; of a detector, detections (`cveff.export.task_predictor`).
@@ -107,7 +107,7 @@ def open_subject(source: Source, *, threads: int | None = None, name: str | None
     """Open `source` for measuring.
 
     Args:
-        source: a `Model`; (module, its `InputSpec`); a folder written by `cveff.save`; a `.onnx`, `.xml` or
+        source: a `Model`; (module, its `InputSpec`); a folder written by `cveff.save`; a `.onnx`, `.xml`, `.plan` or
             `.pt2` file; a bundle. "openvino:FILE", "onnxruntime-cuda:FILE", … choose the engine of a file or a bundle.
         threads: of the engine; by default every core this process may use.
         name: what to call it.

@@ -18,7 +18,8 @@ from cveff.export.trt_graph import FLOATS, TrtGraph, label, type_name
 from cveff.export.trt_limits import LIMITS, OTHER_RULES, Severity
 from cveff.export.trt_rules import RULES
 from cveff.runtime.errors import first_line
-from cveff.target import Target, TensorRT
+from cveff.runtime.tensorrt_settings import TensorRT
+from cveff.target import Target
 
 OPSETS = {10: (9, 20), 11: (9, 25)}
 """First and last opset that every release of a major version parses."""

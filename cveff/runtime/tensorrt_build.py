@@ -6,6 +6,7 @@ release 10 it has to be asked for. API: the Python API reference of both.
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from .errors import EngineError
 from .tensorrt_library import major, make_logger
 from .tensorrt_progress import Track, make_monitor, run_monitored, untracked
 from .tensorrt_settings import TensorRT
+
+_log = logging.getLogger(__name__)
 
 MAX_FILE_BYTES = 2**31 - 1
 """What one protobuf message can hold."""
@@ -159,6 +162,7 @@ def _attach_timing_cache(config: Any, content: bytes) -> Any:
     """
     cache = config.create_timing_cache(content)
     if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
+        _log.warning("the timing cache is of another GPU or release of TensorRT; it is begun anew")
         cache = config.create_timing_cache(b"")
         config.set_timing_cache(cache, ignore_mismatch=False)
     return cache

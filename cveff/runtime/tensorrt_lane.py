@@ -63,8 +63,12 @@ class Lane:
                 raise EngineError(f"TensorRT made no execution context: {failure()}")
             self._pixels, self._pixels_there = self._buffers(tensors.most * self._image_bytes)
             self._answers, self._answers_there = self._buffers(tensors.most * self._logit_bytes)
-            self._context.set_tensor_address(tensors.images, self._pixels_there)
-            self._context.set_tensor_address(tensors.logits, self._answers_there)
+            for name, address in (
+                (tensors.images, self._pixels_there),
+                (tensors.logits, self._answers_there),
+            ):
+                if not self._context.set_tensor_address(name, address):
+                    raise EngineError(f"TensorRT refused the memory of {name}: {failure()}")
         except EngineError:
             self.close()
             raise
@@ -193,7 +197,9 @@ class Lanes:
         self.discard(lane)
 
     def discard(self, lane: Lane) -> None:
-        """Close a lane that failed."""
+        """Close a lane that failed, or that is needed no more."""
+        with self._changed:
+            self._num_special -= lane.batch is not None
         lane.close()
         self._forget()
 

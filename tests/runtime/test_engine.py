@@ -71,7 +71,7 @@ def test_the_first_file_of_an_engine_or_the_one_of_a_precision(
         cveff.runtime.open(bundle, engine="openvino")
 
 
-@pytest.mark.parametrize("engine", ["tensorrt", "", "openvino:int8", "OpenVINO"])
+@pytest.mark.parametrize("engine", ["tensorrt:int8", "", "openvino:int8", "OpenVINO"])
 def test_an_engine_that_is_not_shipped(tiny_bundle: Path, engine: str) -> None:
     with pytest.raises(EngineError, match="it has onnxruntime:fp32, openvino:fp32"):
         cveff.runtime.open(tiny_bundle, engine=engine)

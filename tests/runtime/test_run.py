@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -143,12 +144,20 @@ def test_every_image_bad(tiny_bundle: Path, photos: Path) -> None:
     assert json.loads(result.stdout)["images"] == []
 
 
+@pytest.mark.skipif(importlib.util.find_spec("tensorrt") is not None, reason="TensorRT is installed")
+def test_tensorrt_says_what_it_needs(tiny_bundle: Path, photos: Path) -> None:
+    result = script(tiny_bundle, photos, "--engine", "tensorrt")
+    assert result.returncode == 2
+    assert "TensorRT is not installed" in result.stderr
+    assert "pip install tensorrt cuda-python" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["none.png"], "none.png does not exist"),
         ([], "the following arguments are required"),
-        (["PHOTO", "--engine", "tensorrt"], "ships no file for engine 'tensorrt'; it has onnxruntime:fp32"),
+        (["PHOTO", "--engine", "caffe"], "ships no file for engine 'caffe'; it has onnxruntime:fp32"),
         (["PHOTO", "--threads", "0"], "'0' is not a positive integer"),
         (["PHOTO", "--top-k", "-1"], "'-1' is not a positive integer"),
         (["PHOTO", "--batch-size", "x"], "'x' is not a positive integer"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import inspect
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +23,7 @@ class CudaRecorder:
         self.used: set[tuple[str, str]] = set()
         self.names: list[str] = []
         self.memory: dict[int, Any] = {}
-        self.recording: list[Callable[[], None]] | None = None
+        self._thread = threading.local()
         self.gpu = ("NVIDIA H200", 9, 0)
         self.handles: set[int] = set()
 
@@ -49,10 +50,16 @@ class CudaRecorder:
 
     def queue(self, work: Callable[[], None]) -> None:
         """Do `work`, or keep it while a graph is recorded."""
-        if self.recording is None:
+        recorded = self._recorded()
+        if recorded is None:
             work()
         else:
-            self.recording.append(work)
+            recorded.append(work)
+
+    def _recorded(self) -> list[Callable[[], None]] | None:
+        """What this thread has queued since it began to record, as `cudaStreamCaptureModeThreadLocal` says."""
+        found: list[Callable[[], None]] | None = getattr(self._thread, "recorded", None)
+        return found
 
     def _cudaGetDeviceCount(self) -> int:  # noqa: N802
         return 1
@@ -97,7 +104,7 @@ class CudaRecorder:
         return ()
 
     def _cudaStreamSynchronize(self, stream: Any) -> tuple[()]:  # noqa: N802
-        assert self.recording is None, "waiting on a stream that is captured"
+        assert self._recorded() is None, "waiting on a stream that is captured"
         return ()
 
     def _cudaMemcpyAsync(self, to: int, source: int, count: int, kind: Any, stream: Any) -> tuple[()]:  # noqa: N802
@@ -107,11 +114,11 @@ class CudaRecorder:
 
     def _cudaStreamBeginCapture(self, stream: Any, mode: Any) -> tuple[()]:  # noqa: N802
         assert isinstance(mode, self._real.cudaStreamCaptureMode)
-        self.recording = []
+        self._thread.recorded = []
         return ()
 
     def _cudaStreamEndCapture(self, stream: Any) -> Any:  # noqa: N802
-        recorded, self.recording = self.recording, None
+        recorded, self._thread.recorded = self._recorded(), None
         return recorded
 
     def _cudaGraphInstantiate(self, graph: Any, flags: int) -> Any:  # noqa: N802

@@ -93,9 +93,6 @@ def test_a_network_that_cannot_be_recorded_runs_without(
 def test_threads_run_at_once(world: World, cuda: CudaRecorder, onnx: Path) -> None:
     wrong: list[int] = []
     with open_session(world, cuda, onnx) as session:
-        cuda.fails["cudaGraphInstantiate"] = (
-            "cudaErrorNotSupported"  # the recorder records one stream at a time
-        )
 
         def work(seed: int) -> None:
             rng = np.random.default_rng(seed)

@@ -1,0 +1,130 @@
+"""TensorRT on a machine without it: what is prepared all the same, and what is said."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto
+
+from cveff.data.dataset import Data
+from cveff.errors import CveffError, EngineError, ExportError
+from cveff.export import build_candidates
+from cveff.export.build_candidates import build_candidates as build
+from cveff.export.bundle import write_bundle
+from cveff.export.int8 import Int8
+from cveff.export.onnx import export
+from cveff.export.tensorrt import build_plan
+from cveff.export.trt_check import check_tensorrt
+from cveff.model import Model
+from cveff.progress import Silent
+from cveff.runtime import engine
+from cveff.runtime import open as open_bundle
+from cveff.runtime.engines import open_file
+from cveff.runtime.tensorrt_settings import TensorRT
+from cveff.target import Target
+
+
+@pytest.fixture
+def no_tensorrt(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+
+
+@pytest.fixture
+def files(digits_model: Model, digits: Data, tmp_path: Path) -> Int8:
+    spec = digits_model.spec.input
+    images = np.random.default_rng(0).integers(0, 256, (32, *spec.size, spec.channels), dtype=np.uint8)
+    export(digits_model, tmp_path / "model.onnx")
+    return Int8(digits_model, images, tmp_path, digits.val, 1.0)
+
+
+@pytest.mark.parametrize(("precision", "kind"), [("fp16", TensorProto.FLOAT16), ("int8", TensorProto.INT8)])
+def test_files_are_made_without_it(files: Int8, precision: str, kind: int) -> None:
+    path = files.tensorrt(precision)
+    assert path.name == f"model.tensorrt-{precision}.onnx"
+    graph = onnx.load(path).graph
+    assert kind in {item.data_type for item in graph.initializer}
+    assert not check_tensorrt(path)
+    assert (graph.input[0].name, graph.output[0].name) == ("images", "logits")
+    written = path.stat().st_mtime_ns
+    assert files.tensorrt(precision).stat().st_mtime_ns == written
+
+
+def test_candidates_fail_with_a_reason(
+    files: Int8, no_tensorrt: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs = (("onnxruntime", "fp32"), ("tensorrt", "fp16"), ("tensorrt", "int8-mixed"))
+    target = Target("gpu", "a GPU", pairs, threads=1)
+    for is_installed in (False, True):
+        names = ("onnxruntime", *(("tensorrt",) if is_installed else ()))
+        monkeypatch.setattr(build_candidates, "available_engines", lambda names=names: names)
+        built = build(files.folder / "model.onnx", target, files, files.folder, Silent())
+        built.close()
+        assert list(built.sessions) == ["onnxruntime fp32"]
+        _, half, mixed = (candidate.error for candidate in built.candidates)
+        if is_installed:
+            assert "TensorRT is not installed" in half
+            assert "do not come in int8-mixed" in mixed
+        else:
+            assert half == mixed == "tensorrt is not installed; pip install 'cveff[tensorrt]'"
+
+
+def test_wrong_names(tmp_path: Path, tiny_onnx: Path) -> None:
+    with pytest.raises(ExportError, match=r"none\.onnx is not an ONNX file"):
+        build_plan(tmp_path / "none.onnx")
+    with pytest.raises(ExportError, match=r"engine\.trt is to be a plan; give a name that ends in \.plan"):
+        build_plan(tiny_onnx, tmp_path / "engine.trt")
+    with pytest.raises(EngineError, match="optimization_level of tensorrt is 9"):
+        build_plan(tiny_onnx, tmp_path / "m.plan", TensorRT(optimization_level=9))
+
+
+def test_it_is_not_installed(tmp_path: Path, tiny_onnx: Path, no_tensorrt: None) -> None:
+    words = "TensorRT is not installed.*pip install tensorrt cuda-python.*Every other engine works without it"
+    with pytest.raises(EngineError, match=words):
+        build_plan(tiny_onnx, tmp_path / "m.plan")
+    with pytest.raises(EngineError, match=words):
+        open_file("tensorrt", tiny_onnx, threads=1)
+    assert not (tmp_path / "m.plan").exists()
+
+
+def test_any_bundle_can_be_asked_for_it(
+    tmp_path: Path, tiny_bundle: Path, tiny_onnx: Path, manifest_maker: Callable[..., dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    asked: list[Any] = []
+
+    def open_file(name: str, path: Path, *, threads: int, options: Any) -> Any:
+        asked.append((name, path.name, dict(options)))
+        raise EngineError("as far as this test goes")
+
+    monkeypatch.setattr(engine, "open_file", open_file)
+    with pytest.raises(EngineError, match="as far as"):
+        open_bundle(tiny_bundle, engine="tensorrt")
+    assert asked == [("tensorrt", "model.onnx", {})]
+    with pytest.raises(CveffError, match="ships no file for engine 'tensorrt:int8'"):
+        open_bundle(tiny_bundle, engine="tensorrt:int8")
+    entry = {
+        "name": "tensorrt",
+        "precision": "fp16",
+        "file": "half.onnx",
+        "threads": 1,
+        "options": {"batches": [1, 2, 4]},
+    }
+    files = {
+        "model.onnx": tiny_onnx,
+        "half.onnx": tiny_onnx,
+        "half.plan": tiny_onnx,
+        "half.plan.json": tiny_onnx,
+    }
+    manifest = manifest_maker(alternatives=[entry])
+    monkeypatch.setattr("cveff.export.bundle._pin", lambda *names: f"{names[0]}==1")
+    bundle = write_bundle(tmp_path / "gpu.bundle", manifest=manifest, files=files, report_html="<p></p>")
+    asked.clear()
+    with pytest.raises(EngineError, match="as far as"):
+        open_bundle(bundle, engine="tensorrt:fp16")
+    assert asked == [("tensorrt", "half.onnx", {"batches": [1, 2, 4]})]
