@@ -50,7 +50,7 @@ def test_a_targets_table(tmp_path: Path) -> None:
     path.write_text(text)
     assert load_target(path).tensorrt == TensorRT()
     for wrong, words in (
-        ("tensorrt = 11\n", "give a table"),
+        ("tensorrt = 11\n", "is not a table"),
         ("[tensorrt]\nversion = 9\n", "version of tensorrt is 9"),
     ):
         path.write_text(text + wrong)
