@@ -108,7 +108,8 @@ def measure(
     if chosen.name not in memories:
         chosen = _with_memory(chosen, batch, target, memories)
         decided = tuple(chosen if candidate.chosen else candidate for candidate in decided)
-    warnings = (*gap_warnings(decided), *instruction_warnings(target, decided))
+    notes = built.sessions[chosen.name].notes
+    warnings = (*gap_warnings(decided), *instruction_warnings(target, decided), *notes)
     return Measured(decided, chosen, selection, evaluation, timings, memories[chosen.name], warnings)
 
 
