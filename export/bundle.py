@@ -16,6 +16,7 @@ from typing import Any
 import cveff.runtime
 from cveff.errors import BundleError, EngineError, MissingDependencyError
 from cveff.export.triton import write_triton
+from cveff.export.trt_commands import write_commands
 from cveff.files import atomic_folder
 from cveff.runtime.manifest import (
     FILE_NAME,
@@ -30,7 +31,7 @@ from cveff.runtime.manifest import (
 SCHEMA_PATH = Path(__file__).with_name("manifest.schema.json")
 
 _RUNTIME = Path(cveff.runtime.__file__).parent
-_RESERVED = (FILE_NAME, "run.py", "requirements.txt", "report.html", "runtime", "triton")
+_RESERVED = (FILE_NAME, "run.py", "requirements.txt", "report.html", "runtime", "tensorrt", "triton")
 _DISTRIBUTIONS = {"onnxruntime": ("onnxruntime", "onnxruntime-gpu"), "openvino": ("openvino",)}
 _RUN_PY = '''\
 """Classify images with this bundle: python run.py IMAGE_OR_FOLDER... (--help lists the options)."""
@@ -89,6 +90,7 @@ def write_bundle(
         (folder / "requirements.txt").write_text(requirements(complete), encoding="utf-8")
         (folder / "report.html").write_text(report_html, encoding="utf-8")
         write_triton(folder / "triton", complete, copies)
+        write_commands(folder / "tensorrt", complete, sorted(copies))
         complete["files"] = [
             {
                 "path": path.relative_to(folder).as_posix(),
