@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from cveff.errors import EngineError, RecipeError, TargetError
 from cveff.runtime.engines import available_engines
@@ -118,6 +119,11 @@ class Target:
                 least <= min(sizes) and max(sizes) <= most,
                 f"sizes from {least} to {most}, which tensorrt.batches allows, or widen that",
             )
+
+    def to_json(self) -> dict[str, Any]:
+        """Every key, as plain JSON values."""
+        values: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return values
 
     @property
     def engines(self) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from typing import Any
 import cveff.runtime
 from cveff.errors import BundleError, EngineError, MissingDependencyError
 from cveff.export.triton import write_triton
+from cveff.export.trt_commands import write_commands
 from cveff.files import atomic_folder
 from cveff.runtime.manifest import (
     FILE_NAME,
@@ -31,7 +32,7 @@ from cveff.runtime.onnx_providers import PROVIDERS
 SCHEMA_PATH = Path(__file__).with_name("manifest.schema.json")
 
 _RUNTIME = Path(cveff.runtime.__file__).parent
-_RESERVED = (FILE_NAME, "run.py", "requirements.txt", "report.html", "runtime", "triton")
+_RESERVED = (FILE_NAME, "run.py", "requirements.txt", "report.html", "runtime", "tensorrt", "triton")
 _DISTRIBUTIONS = {
     "onnxruntime": ("onnxruntime", "onnxruntime-gpu", "onnxruntime-qnn"),
     "openvino": ("openvino",),
@@ -97,6 +98,7 @@ def write_bundle(
         (folder / "report.html").write_text(report_html, encoding="utf-8")
         if complete["task"] == "classification":
             write_triton(folder / "triton", complete, copies)
+            write_commands(folder / "tensorrt", complete, sorted(copies))
         complete["files"] = [
             {
                 "path": path.relative_to(folder).as_posix(),

@@ -65,6 +65,7 @@ def deployment_manifest(
         "engine": _engine_entry(chosen),
         "alternatives": _alternatives(measured.candidates, target.num_threads),
         "instructions": list(target.instruction_sets),
+        "target": target.to_json(),
         "metrics": {
             "accuracy": {
                 "reference": evaluation.accuracy(REFERENCE),

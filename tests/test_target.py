@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -166,6 +167,13 @@ def test_obstacles_name_engines_and_instructions(monkeypatch: pytest.MonkeyPatch
     target = Target("x", "", (("onnxruntime", "fp32"), ("tensorrt", "fp16")), instructions=(other,))
     assert obstacles(target) == ("does not run tensorrt", f"has no {other}")
     assert obstacles(Target("x", "", (("onnxruntime", "fp32"),))) == ()
+
+
+def test_the_page_names_every_profile_engine_and_key() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "targets.md").read_text(encoding="utf-8")
+    keys = [item.name for kind in (Target, TensorRT) for item in fields(kind) if item.name != "tensorrt"]
+    missing = [name for name in (*target_names(), *PRECISIONS, *keys) if f"`{name}`" not in page]
+    assert not missing
 
 
 def test_every_engine_has_float32() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, fields
+from dataclasses import fields
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -79,4 +79,4 @@ def _engines(target: Target) -> str:
 def _json(target: Target) -> dict[str, Any]:
     from cveff.target import obstacles
 
-    return {**asdict(target), "obstacles": obstacles(target)}
+    return {**target.to_json(), "obstacles": obstacles(target)}

@@ -341,7 +341,7 @@ def test_triton_is_told_when_openvino_reads_onnx(
     [
         ("onnxruntime", {}, ["KIND_CPU"]),
         ("onnxruntime-cuda", {}, ['backend: "onnxruntime"', "KIND_GPU"]),
-        ("onnxruntime-tensorrt", {}, ["KIND_GPU", 'gpu_execution_accelerator [ { name: "tensorrt" } ]']),
+        ("onnxruntime-tensorrt", {}, ["KIND_GPU", 'gpu_execution_accelerator : [ { name: "tensorrt" } ]']),
         ("openvino", {}, ['"LATENCY"', 'key: "NUM_STREAMS" value: { string_value: "1" }']),
         (
             "openvino",

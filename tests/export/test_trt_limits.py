@@ -194,6 +194,11 @@ def test_rows_name_operators_that_onnx_has() -> None:
     assert set(RULES) <= set(OTHER_RULES)
 
 
+def test_the_page_names_every_rule() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "targets.md").read_text(encoding="utf-8")
+    assert not [row.rule for row in LIMITS if f"| `{row.rule}` |" not in page]
+
+
 def test_findings_say_how_bad_they_are() -> None:
     (slow,) = found(MEETS["nonzero"][1], "size-from-values")
     (fails,) = found(MEETS["topk"][1], "variant")
@@ -273,3 +278,7 @@ def test_what_we_export_builds(name: str, size: int, tmp_path: Path) -> None:
         cveff.create(name, num_classes=3, image_size=size), tmp_path / "model.onnx", check=False
     )
     assert check_target(path, load_target("rtx")) == []
+    proto = onnx.load(path)
+    readers = {node.op_type for node in proto.graph.node if "images" in node.input}
+    assert readers == {"Cast"}, "uint8 goes to a conversion and nowhere else"
+    onnx.checker.check_model(proto, full_check=True)
