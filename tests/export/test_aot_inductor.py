@@ -38,7 +38,7 @@ FOLDER = "model/data/aotinductor/model"
 AOT = Target(
     "aot",
     "one thread, for tests",
-    (("onnxruntime", "fp32"), ("aot-inductor", "fp32"), ("aot-inductor", "int8")),
+    (("onnxruntime", "fp32"), ("aot-inductor", "fp32")),
     threads=1,
     batch_sizes=(1, 4),
 )
