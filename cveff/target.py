@@ -15,6 +15,17 @@ from cveff.runtime.machine import ISA_FLAGS, isa, missing_isa, usable_cores
 from cveff.runtime.tensorrt_settings import TensorRT, check_settings
 from cveff.schema import parse
 
+__all__ = [
+    "CHANNEL_MULTIPLE",
+    "PRECISIONS",
+    "Scheme",
+    "Target",
+    "TensorRT",
+    "load_target",
+    "obstacles",
+    "target_names",
+]
+
 _PROVIDER = ("fp32", "fp16", "int8")
 PRECISIONS: Mapping[str, tuple[str, ...]] = {
     "onnxruntime": ("fp32", "fp16", "int8", "int8-mixed"),

@@ -135,8 +135,6 @@ def _plan_bytes(engine: str, path: Path) -> int:
 
 
 def _build_aot(precision: str, int8: Int8, target: Target, folder: Path) -> Path:
-    if precision not in ("fp32", "bf16"):
-        raise ExportError(f"AOTInductor does not compile {precision}")
     _check_given(int8, precision)
     kind: Literal["fp32", "bf16"] = "bf16" if precision == "bf16" else "fp32"
     if kind == "bf16":

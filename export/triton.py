@@ -142,6 +142,7 @@ def _tensorrt(name: str, image: list[int], classes: list[int], settings: Mapping
             if settings.get("version_compatible")
             else ""
         )
+        + (f"# It takes {least} images or more: clients have to bring as many.\n" if least > 1 else "")
         + f"max_batch_size: {most}\n"
         + _tensors(image, classes)
         + _batching(sorted({usual, most} - {1}))

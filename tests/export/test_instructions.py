@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
+from onnx import numpy_helper
 
 import cveff
 from cveff.compress.quant.capture import capture
@@ -39,7 +41,8 @@ USERS = (
 
 
 def target(instructions: tuple[str, ...] | None, *candidates: tuple[str, str]) -> Target:
-    return Target("box", "", candidates, threads=1, batch_sizes=(1,), instructions=instructions)
+    pairs = candidates or (("onnxruntime", "fp32"),)
+    return Target("box", "", pairs, threads=1, batch_sizes=(1,), instructions=instructions)
 
 
 def set_machine(monkeypatch: pytest.MonkeyPatch, instructions: tuple[str, ...]) -> None:
@@ -96,6 +99,17 @@ def test_other_engines_quantizers_get_the_images_that_ranges_were_made_from(
     marked[[5, 9]] = True
     monkeypatch.setattr(int8_files, "odd_images", lambda exact, batches: marked)
     assert np.array_equal(int8.usual_images(), np.delete(calibration, [5, 9], axis=0))
+
+
+@pytest.mark.parametrize(("scheme", "kind"), [("cpu", "uint8"), ("cpu-signed", "int8")])
+def test_a_targets_scheme_is_that_of_the_file(
+    digits_model: Model, digits: Data, calibration: np.ndarray, tmp_path: Path, scheme: Any, kind: str
+) -> None:
+    path = Int8(digits_model, calibration, tmp_path, digits.val, 1.0, scheme=scheme).onnx()
+    graph = onnx.load(path).graph
+    constants = {item.name: numpy_helper.to_array(item) for item in graph.initializer}
+    points = [constants[node.input[2]] for node in graph.node if node.op_type == "QuantizeLinear"]
+    assert points and {str(point.dtype) for point in points} == {kind}
 
 
 def test_a_model_that_came_in_quantized_is_only_predicted(

@@ -27,8 +27,8 @@ EVERYTHING = TensorRT(
 )
 OPTIONS = """
     onnx saveEngine loadEngine minShapes optShapes maxShapes shapes memPoolSize builderOptimizationLevel
-    versionCompatible hardwareCompatibilityLevel refit stripWeights sparsity useDLACore allowGPUFallback skipInference
-    stronglyTyped
+    versionCompatible hardwareCompatibilityLevel refit stripWeights sparsity useDLACore allowGPUFallback
+    skipInference stronglyTyped
 """
 """Options that samples/common/sampleOptions.cpp of NVIDIA/TensorRT reads, of those that we use."""
 REMOVED = {"fp16", "bf16", "int8", "fp8", "int4", "best", "calib", "workspace", "explicitBatch", "buildOnly"}
