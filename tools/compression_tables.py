@@ -246,52 +246,6 @@ def repairs(values: Values) -> str:
     return markdown(header, rows)
 
 
-def prune_quality(values: Values) -> str:
-    """A row a network and seed: what half the time costs us and torch-pruning's better criterion."""
-    rows = []
-    for key, row in values["rows"].items():
-        peers = [row[name] for name in row if name.startswith("torch-pruning") and name.endswith("labels")]
-        if "cveff, distilled" not in row or len(peers) < 2:
-            continue
-        best = max(peers, key=lambda peer: peer["accuracy"])
-        times = values["times"].get(key, {})
-        network, _, seed = key.rpartition("-")
-        rows.append(
-            [
-                f"{network}, {seed}",
-                f"{100 * row['dense']['accuracy']:.2f}%",
-                f"{100 * row['cveff']['accuracy']:.1f}%",
-                f"**{100 * row['cveff, distilled']['accuracy']:.2f}%**",
-                f"{times['cveff']['latency']:.2f}" if times else "–",
-                f"{100 * best['accuracy']:.2f}%",
-                f"{best['latency']:.2f}",
-            ]
-        )
-    header = [
-        "network, seed",
-        "dense",
-        "pruned, untrained",
-        "pruned and taught",
-        "its time",
-        "torch-pruning",
-        "its time",
-    ]
-    return markdown(header, rows)
-
-
-def compress_chain(values: Values) -> str:
-    """What each step of the chain left, and the bundle that ships."""
-    rows = []
-    for name, network in values["networks"].items():
-        for step, found in network["steps"].items():
-            share = f"{1 / found['share']:.2f}×"
-            rows.append([name, step, f"{100 * found['accuracy']:.2f}%", share, f"{found['parameters']:,}"])
-        bundle = network["bundle"]
-        what = f"bundle, {bundle['engine']} {bundle['precision']}"
-        rows.append([name, what, f"{100 * bundle['accuracy']:.2f}%", f"**{bundle['speedup']:.2f}×**", ""])
-    return markdown(["network", "step", "accuracy", "as fast as dense", "parameters"], rows)
-
-
 TABLES: dict[str, Callable[[Values], str]] = {
     make.__name__: make
     for make in (
@@ -304,7 +258,5 @@ TABLES: dict[str, Callable[[Values], str]] = {
         sparsity,
         weight_only,
         repairs,
-        prune_quality,
-        compress_chain,
     )
 }
