@@ -24,6 +24,8 @@ Nms = Literal["onnx", "none"]
 Output = Literal["logits", "labels"]
 Arrays = Mapping[str, np.ndarray]
 
+DETECTION_TOLERANCE = 1e-3
+"""Sizes of boxes are exponentials of what many layers add up, and errors grow with them."""
 MIN_AGREEMENT = 0.99
 """Share of detections, or of pixels, that the file must have as the rule gives them for its own boxes or logits."""
 
@@ -36,11 +38,13 @@ class Answer:
         network: the model's network, returning `names` and then `proofs`.
         names: the file's outputs.
         proofs: outputs that are compared with PyTorch and then taken out: what the others were made from.
+        tolerance: relative difference from PyTorch that is allowed at least.
     """
 
     network: nn.Module
     names: tuple[str, ...]
     proofs: tuple[str, ...] = ()
+    tolerance: float = 0.0
 
     @property
     def compared(self) -> tuple[str, ...]:
@@ -72,9 +76,11 @@ def answer(model: Model, nms: Nms | None = None, output: Output | None = None) -
     network: Any = model.module
     if task == "detection" and nms != "none":
         suppressed = Suppressed(network, network.suppression)
-        return Answer(suppressed, ("boxes", "scores", "labels"), ("all_boxes", "all_scores"))
+        return Answer(
+            suppressed, ("boxes", "scores", "labels"), ("all_boxes", "all_scores"), DETECTION_TOLERANCE
+        )
     if task == "detection":
-        return Answer(network, ("boxes", "scores"))
+        return Answer(network, ("boxes", "scores"), tolerance=DETECTION_TOLERANCE)
     if output == "labels":
         return Answer(Mask(network), ("labels",), ("logits",))
     return Answer(network, ("logits",))
