@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,14 +26,19 @@ _BF16_ISA = {"avx512_bf16", "amx_bf16", "bf16"}
 
 @dataclass(frozen=True)
 class Built:
-    """Candidates in the target's order, and an open session for each that could be built and opened."""
+    """Candidates in the target's order, and an open session for each that could be built and opened.
+
+    Attributes:
+        stand_ins: of files that are prepared for another device, ONNX Runtime's sessions where it opens them.
+    """
 
     candidates: tuple[Candidate, ...]
     sessions: Mapping[str, Session]
+    stand_ins: Mapping[str, Session] = field(default_factory=dict)
 
     def close(self) -> None:
         """Close every session."""
-        for session in self.sessions.values():
+        for session in (*self.sessions.values(), *self.stand_ins.values()):
             session.close()
 
 
@@ -47,6 +52,7 @@ def build_candidates(source: Path, target: Target, int8: Int8, folder: Path, pro
     """
     candidates: list[Candidate] = []
     sessions: dict[str, Session] = {}
+    stand_ins: dict[str, Session] = {}
     pairs = list(dict.fromkeys(target.candidates))
     for engine, precision in progress.track(pairs, "building candidates", len(pairs)):
         candidate = Candidate(engine, precision, threads=target.num_threads)
@@ -67,9 +73,12 @@ def build_candidates(source: Path, target: Target, int8: Int8, folder: Path, pro
                 progress.message(f"{candidate.name}: {note}")
         except CveffError as error:
             candidate = replace(candidate, error=_reason(error))
+            if engine == "tensorrt" and isinstance(error, MissingDependencyError):
+                candidate, stand_in = _prepared(candidate, source, int8, target)
+                stand_ins |= {candidate.name: stand_in} if stand_in is not None else {}
             progress.message(f"{candidate.name}: {candidate.error}")
         candidates.append(candidate)
-    return Built(tuple(candidates), sessions)
+    return Built(tuple(candidates), sessions, stand_ins)
 
 
 def model_files(candidate: Candidate, folder: Path) -> dict[str, Path]:
@@ -77,7 +86,7 @@ def model_files(candidate: Candidate, folder: Path) -> dict[str, Path]:
     names = [candidate.file]
     if candidate.file.endswith(".xml"):
         names.append(candidate.file.removesuffix(".xml") + ".bin")
-    if candidate.engine == "tensorrt":
+    if candidate.engine == "tensorrt" and not candidate.is_prepared:
         plan = Path(candidate.file).with_suffix(".plan").name
         names += [plan, f"{plan}.json"]
     return {name: folder / name for name in names}
@@ -119,6 +128,33 @@ def _build(
         else:
             convert(source, path)
     return path, with_streams(path, {"inference_precision": "bf16" if is_bf16 else "f32"}, target)
+
+
+def _prepared(
+    candidate: Candidate, source: Path, int8: Int8, target: Target
+) -> tuple[Candidate, Session | None]:
+    """A candidate that cannot run here, with the file that a device with TensorRT builds its plan from."""
+    from cveff.export.tensorrt_candidate import prepare_candidate
+
+    try:
+        _check_given(int8, candidate.precision)
+        path, options = prepare_candidate(candidate.precision, source, int8, target.tensorrt)
+    except CveffError as error:
+        return replace(candidate, error=f"{candidate.error}; its file {_reason(error)}"), None
+    candidate = replace(
+        candidate,
+        file=path.name,
+        path=path,
+        options=options,
+        size_bytes=size_bytes(path),
+        is_prepared=True,
+        error=f"{candidate.error}. {path.name} ships all the same: run.py --engine tensorrt:{candidate.precision} "
+        "builds it on the device",
+    )
+    try:
+        return candidate, open_file("onnxruntime", path, threads=candidate.threads)
+    except EngineError:  # it has no kernels for bfloat16 and float8
+        return candidate, None
 
 
 def _build_onnx(precision: str, source: Path, int8: Int8, target: Target) -> Path:

@@ -98,7 +98,8 @@ def write_bundle(
         (folder / "report.html").write_text(report_html, encoding="utf-8")
         if complete["task"] == "classification":
             write_triton(folder / "triton", complete, copies)
-            write_commands(folder / "tensorrt", complete, sorted(copies))
+            plans = {file.file for file in model_files(complete) if file.engine == "tensorrt"}
+            write_commands(folder / "tensorrt", complete, sorted(plans))
         complete["files"] = [
             {
                 "path": path.relative_to(folder).as_posix(),
@@ -154,7 +155,15 @@ def requirements(manifest: Mapping[str, Any]) -> str:
     if engines[0] == "tensorrt":
         lines.append(_pin("cuda-bindings"))
     for engine in engines[1:]:
-        lines.append(f"# {_pin(*_DISTRIBUTIONS[engine])}  # for run.py --engine {engine}")
+        if (
+            engine == "tensorrt"
+        ):  # prepared where it may not be installed: the device's release builds the plan
+            lines += [
+                "# tensorrt     # for run.py --engine tensorrt, on a machine with an NVIDIA GPU",
+                "# cuda-python",
+            ]
+        else:
+            lines.append(f"# {_pin(*_DISTRIBUTIONS[engine])}  # for run.py --engine {engine}")
     return "\n".join(lines) + "\n"
 
 

@@ -44,6 +44,8 @@ class Candidate:
             (`cveff.compress.quant.describe`).
         saturation: for int8 and a target whose integer kernels clip, what was done about it.
         error: why it could not be built or run; "" when it could.
+        is_prepared: its file is made and ships, for a device that can run it; here it was not run by its engine, and
+            accuracy, agreement and difference are ONNX Runtime's.
         chosen, rejected, why: the decision and its reason, filled in by `choose`. A candidate that is neither
             chosen nor rejected kept to the limits and lost on time.
     """
@@ -64,6 +66,7 @@ class Candidate:
     rounding: Mapping[str, Any] | None = None
     saturation: Clipping | None = None
     error: str = ""
+    is_prepared: bool = False
     chosen: bool = False
     rejected: bool = False
     why: str = ""

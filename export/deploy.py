@@ -170,7 +170,11 @@ def deploy(
             data=data,
             warnings=[*warnings, *images.warnings, *measured.warnings],
         )
-        files = {ONNX: work / ONNX, **model_files(measured.chosen, work)}
+        shipping = [measured.chosen, *(item for item in measured.candidates if item.is_prepared)]
+        files = {
+            ONNX: work / ONNX,
+            **dict(file for item in shipping for file in model_files(item, work).items()),
+        }
         path = write_bundle(out, manifest=manifest, files=files, report_html=render(manifest, evidence))
     return Deployment(path, read_manifest(path))
 

@@ -109,14 +109,18 @@ def _engine_entry(candidate: Candidate, file: str = "") -> dict[str, Any]:
 
 
 def _alternatives(candidates: Sequence[Candidate], threads: int) -> list[dict[str, Any]]:
-    """Other ways to run the bundle: `model.onnx` on ONNX Runtime, and on every engine that opened it in float32."""
+    """Other ways to run the bundle: `model.onnx` on ONNX Runtime, and on every engine that opened it in float32; and
+    files that were prepared for a device with TensorRT."""
     built = (c for c in candidates if c.engine == "onnxruntime" and c.file == ONNX and not c.error)
     # Of a model that came in quantized, `model.onnx` is the int8 file.
     entries = {"onnxruntime": next(built, Candidate("onnxruntime", "fp32", threads=threads))}
     entries |= {
         c.engine: c for c in candidates if c.precision == "fp32" and not c.error and opens(c.engine, ONNX)
     }
-    return [_engine_entry(candidate, ONNX) for candidate in entries.values() if not candidate.chosen]
+    return [
+        *(_engine_entry(candidate, ONNX) for candidate in entries.values() if not candidate.chosen),
+        *(_engine_entry(candidate) for candidate in candidates if candidate.is_prepared),
+    ]
 
 
 def installed_versions(names: Iterable[str]) -> dict[str, str]:

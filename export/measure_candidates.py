@@ -79,7 +79,7 @@ def measure(
         built = build_candidates(work / ONNX, target, int8, work, progress)
         stack.callback(built.close)
         reference = torch_predictor(original, target.num_threads)
-        predictors: dict[str, Predictor] = {REFERENCE: reference, **built.sessions}
+        predictors: dict[str, Predictor] = {REFERENCE: reference, **built.sessions, **built.stand_ins}
         selection = score(
             predictors, images.selection, spec, progress, f"measuring on {images.selection.name}"
         )
@@ -142,7 +142,7 @@ def _time(
 
 def _scored(candidate: Candidate, scores: Scores) -> Candidate:
     name = candidate.name
-    if candidate.error or name in scores.errors:
+    if name not in scores.logits:
         return replace(candidate, error=candidate.error or scores.errors[name])
     return replace(
         candidate,

@@ -20,21 +20,20 @@ TOLERANCE = 0.01
 
 
 def write_commands(folder: Path, manifest: Mapping[str, Any], names: Sequence[str]) -> None:
-    """Write `folder/commands.sh`; nothing where the bundle's target has no TensorRT candidate.
+    """Write `folder/commands.sh`; nothing where the bundle has no file for TensorRT.
 
     Args:
         folder: to be made.
         manifest: `input` and `target` are read.
-        names: the bundle's model files; those ending in `.onnx` get commands.
+        names: the bundle's files that TensorRT builds from.
     """
     target = manifest.get("target")
-    if target is None or all(engine != "tensorrt" for engine, _ in target["candidates"]):
+    if target is None or not names:
         return
     settings = TensorRT(**{**target["tensorrt"], "batches": tuple(target["tensorrt"]["batches"])})
     spec = InputSpec.from_json(manifest["input"])
     folder.mkdir()
-    onnx = [name for name in names if name.endswith(".onnx")]
-    text = script(settings, (*spec.size, spec.channels), onnx)
+    text = script(settings, (*spec.size, spec.channels), names)
     (folder / FILE).write_text(text, encoding="utf-8")
 
 

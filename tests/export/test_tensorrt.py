@@ -17,6 +17,7 @@ from cveff.errors import CveffError, EngineError, ExportError
 from cveff.export import build_candidates
 from cveff.export.build_candidates import build_candidates as build
 from cveff.export.bundle import write_bundle
+from cveff.export.deploy import deploy
 from cveff.export.int8 import Int8
 from cveff.export.onnx import export
 from cveff.export.tensorrt import build_plan
@@ -55,10 +56,10 @@ def test_files_are_made_without_it(files: Int8, precision: str, kind: int) -> No
     assert files.tensorrt(precision).stat().st_mtime_ns == written
 
 
-def test_candidates_fail_with_a_reason(
+def test_candidates_are_prepared_for_a_device_that_has_it(
     files: Int8, no_tensorrt: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pairs = (("onnxruntime", "fp32"), ("tensorrt", "fp16"), ("tensorrt", "int8-mixed"))
+    pairs = (("onnxruntime", "fp32"), ("tensorrt", "fp32"), ("tensorrt", "fp16"), ("tensorrt", "fp8"))
     target = Target("gpu", "a GPU", pairs, threads=1)
     for is_installed in (False, True):
         names = ("onnxruntime", *(("tensorrt",) if is_installed else ()))
@@ -66,12 +67,44 @@ def test_candidates_fail_with_a_reason(
         built = build(files.folder / "model.onnx", target, files, files.folder, Silent())
         built.close()
         assert list(built.sessions) == ["onnxruntime fp32"]
-        _, half, mixed = (candidate.error for candidate in built.candidates)
-        if is_installed:
-            assert "TensorRT is not installed" in half
-            assert "do not come in int8-mixed" in mixed
-        else:
-            assert half == mixed == "tensorrt is not installed; pip install 'cveff[tensorrt]'"
+        assert list(built.stand_ins) == ["tensorrt fp32", "tensorrt fp16"]  # ONNX Runtime has no float8
+        float32, half, small = built.candidates[1:]
+        reason = "TensorRT is not installed" if is_installed else "pip install 'cveff[tensorrt]'"
+        assert reason in half.error
+        assert half.error.endswith(
+            "model.tensorrt-fp16.onnx ships all the same: run.py --engine tensorrt:fp16 builds it on the device"
+        )
+        assert all(item.is_prepared for item in (float32, half, small))
+        assert (float32.file, half.file) == ("model.onnx", "model.tensorrt-fp16.onnx")
+        assert build_candidates.model_files(half, files.folder) == {half.file: half.path}
+
+
+def test_a_bundle_made_without_it_brings_what_the_device_builds_from(
+    digits_model: Model, digits: Data, tmp_path: Path, no_tensorrt: None, quick_timing: object
+) -> None:
+    pairs = (("tensorrt", "fp16"), ("tensorrt", "int8"), ("onnxruntime", "fp32"))
+    target = Target("gpu", "a GPU", pairs, threads=1, batch_sizes=(1,))
+    made = deploy(
+        digits_model, data=digits, target=target, max_accuracy_drop=5, num_calibration=32, out=tmp_path / "b"
+    )
+    assert made.chosen["engine"] == "onnxruntime"
+    half, small, _ = made.manifest["candidates"]
+    for found in (half, small):
+        assert found["rejected"] and found["latency_ms"] is None
+        assert found["accuracy"] >= 0.9 and found["agreement"] >= 0.95, "as ONNX Runtime computes it"
+    assert [(item["name"], item["file"]) for item in made.manifest["alternatives"]] == [
+        ("tensorrt", "model.tensorrt-fp16.onnx"),
+        ("tensorrt", "model.tensorrt-int8.onnx"),
+    ]
+    lines = (made.path / "requirements.txt").read_text().splitlines()
+    assert not any(line.startswith(("tensorrt", "cuda")) for line in lines)
+    assert any(line.startswith("# tensorrt") for line in lines)
+    script = (made.path / "tensorrt" / "commands.sh").read_text()
+    assert "--onnx=model.tensorrt-int8.onnx" in script and "--onnx=model.onnx" not in script
+    with open_bundle(made.path) as opened:
+        assert opened.name == "onnxruntime"
+    with pytest.raises(EngineError, match="TensorRT is not installed"):
+        open_bundle(made.path, engine="tensorrt:int8")
 
 
 def test_wrong_names(tmp_path: Path, tiny_onnx: Path) -> None:
