@@ -123,9 +123,7 @@ def _finish(
     elif check:
         runnable = in_float32(proto).SerializeToString() if has_bfloat16(proto) else serialized
         worst = difference(runnable, network, model, shipped)
-        tolerance = max(
-            shipped.tolerance, *(TOLERANCES.get(kind, TOLERANCE) for kind in _types(network))
-        )
+        tolerance = max(shipped.tolerance, *(TOLERANCES.get(kind, TOLERANCE) for kind in _types(network)))
         if not worst <= tolerance:
             raise ExportError(
                 f"{model.spec.architecture}: the ONNX file's {' or '.join(shipped.compared)} differ from PyTorch's "
