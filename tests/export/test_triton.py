@@ -112,9 +112,10 @@ def test_a_bundles_configurations_are_valid(
     target = Target(
         "jetson", "", (("tensorrt", "fp16"), ("onnxruntime", "fp32")), tensorrt=TensorRT(version=10)
     )
+    prepared = {"name": "tensorrt", "precision": "fp32", "file": "model.onnx", "threads": 1, "options": {}}
     out = write_bundle(
         tmp_path / "b",
-        manifest=manifest_maker(target=target.to_json()),
+        manifest=manifest_maker(target=target.to_json(), alternatives=[prepared]),
         files={"model.onnx": tiny_onnx},
         report_html="",
     )
