@@ -10,7 +10,8 @@ import timm
 
 from cveff import model_zoo
 from cveff.errors import CheckpointError, CveffError, DataError
-from cveff.model import Model, create, load, read_state
+from cveff.model import Model, create, load
+from cveff.state import read_state
 from cveff.tasks.architectures import ARCHITECTURES as TASK_ARCHITECTURES
 
 

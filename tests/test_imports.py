@@ -14,7 +14,7 @@ LEVELS: list[list[str]] = [
     ["cveff.runtime"],
     ["cveff.errors"],
     ["cveff.files", "cveff.progress", "cveff.schema", "cveff.target", "cveff.kernels"],
-    ["cveff.edits", "cveff.log"],
+    ["cveff.edits", "cveff.log", "cveff.state"],
     ["cveff.backbones.small_resnet", "cveff.backbones", "cveff.tasks"],
     ["cveff.model"],
     ["cveff.data"],

@@ -142,12 +142,36 @@ def startup(values: dict[str, Any]) -> str:
     return markdown(["fresh process", "median", "limit", "peak memory"], rows)
 
 
+def tasks(values: dict[str, Any]) -> str:
+    """Detectors and segmentation networks: what their files share with torchvision, and times."""
+    rows = []
+    for network, files in values["rows"].items():
+        for kind, found in files.items():
+            option, _, value = kind.partition("=")
+            times = found["latency"]
+            low, high = times["speedup_interval"]
+            rows.append(
+                [
+                    network,
+                    f'`{option}="{value}"`',
+                    f"{found['answers']:,}",
+                    f"{100 * found['matched']:.4f}%",
+                    f"{times['torch_ms']:.0f} ms",
+                    f"{times['file_ms']:.0f} ms",
+                    f"{times['speedup']:.2f} ({low:.2f}–{high:.2f})",
+                ]
+            )
+    header = ["network", "file", "detections or pixels", "the same", "PyTorch", "ONNX Runtime", "speed-up"]
+    return markdown(header, rows)
+
+
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "fashion_mnist": ("fashion_mnist", fashion_mnist),
     "engines": ("engines", engines),
     "lite0": ("lite0", lite0),
     "lite0_intervals": ("lite0", lite0_intervals),
     "startup": ("startup", startup),
+    "tasks": ("tasks", tasks),
     "export_table": ("export_table", choices_tables.export_table),
     **{name: ("choices", make) for name, make in choices_tables.TABLES.items()},
     **{name: (name, make) for name, make in compression_tables.TABLES.items()},

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from cveff.export.bundle import write_bundle
-from cveff.export.triton import SERVED, config, write_triton
+from cveff.export.triton import SERVED, config, model_name, write_triton
 from cveff.runtime.manifest import ModelFile
 from cveff.target import Target, TensorRT, load_target
 
@@ -125,3 +125,96 @@ def test_a_bundles_configurations_are_valid(
     commands = (out / "tensorrt" / "commands.sh").read_text(encoding="utf-8")
     assert "--onnx=model.onnx --stronglyTyped" in " ".join(commands.replace("\\\n", " ").split())
     assert not (tiny_bundle / "tensorrt").exists()
+
+
+def test_triton_serves_the_chosen_file_with_the_measured_settings(
+    tiny_bundle: Path, tmp_path: Path, tiny_xml: Path, manifest_maker: Maker
+) -> None:
+    served = (tiny_bundle / "triton" / "tiny_net" / "config.pbtxt").read_text()
+    assert 'backend: "onnxruntime"' in served
+    assert "dynamic_batching" in served
+    assert 'name: "images" data_type: TYPE_UINT8 dims: [32, 40, 3]' in served
+    assert 'key: "intra_op_thread_count" value: { string_value: "1" }' in served
+    assert (tiny_bundle / "triton" / "tiny_net" / "labels.txt").read_text().split() == [
+        *("cat", "dog", "bird", "fish", "tree")
+    ]
+    engine = {"name": "openvino", "file": "net.xml", "threads": 2, "options": {"inference_precision": "bf16"}}
+    bundle = write_bundle(
+        tmp_path / "b",
+        manifest=manifest_maker(engine=engine),
+        files={"net.xml": tiny_xml, "net.bin": tiny_xml.with_suffix(".bin")},
+        report_html="",
+    )
+    folder = bundle / "triton" / "tiny_net"
+    assert sorted(path.name for path in (folder / "1").iterdir()) == ["model.bin", "model.xml"]
+    text = (folder / "config.pbtxt").read_text()
+    assert 'backend: "openvino"' in text
+    assert "max_batch_size: 0" in text
+    assert "dims: [-1, 32, 40, 3]" in text
+    assert 'key: "INFERENCE_NUM_THREADS" value: { string_value: "2" }' in text
+    assert 'key: "HINT_BF16" value: { string_value: "YES" }' in text
+    assert "default_model_filename" not in text
+
+
+def test_triton_is_told_when_openvino_reads_onnx(
+    tmp_path: Path, tiny_onnx: Path, manifest_maker: Maker
+) -> None:
+    engine = {"name": "openvino", "file": "m.onnx", "threads": 0, "options": {}}
+    bundle = write_bundle(
+        tmp_path / "b", manifest=manifest_maker(engine=engine), files={"m.onnx": tiny_onnx}, report_html=""
+    )
+    text = (bundle / "triton/tiny_net/config.pbtxt").read_text()
+    assert 'default_model_filename: "model.onnx"' in text
+    assert "INFERENCE_NUM_THREADS" not in text
+    assert sorted(path.name for path in (bundle / "triton/tiny_net/1").iterdir()) == ["model.onnx"]
+
+
+@pytest.mark.parametrize(
+    ("engine", "options", "words"),
+    [
+        ("onnxruntime", {}, ["KIND_CPU"]),
+        ("onnxruntime-cuda", {}, ['backend: "onnxruntime"', "KIND_GPU"]),
+        ("onnxruntime-tensorrt", {}, ["KIND_GPU", 'gpu_execution_accelerator : [ { name: "tensorrt" } ]']),
+        ("openvino", {}, ['"LATENCY"', 'key: "NUM_STREAMS" value: { string_value: "1" }']),
+        (
+            "openvino",
+            {"performance_hint": "throughput", "streams": 4},
+            ['"THROUGHPUT"', 'key: "NUM_STREAMS" value: { string_value: "4" }'],
+        ),
+    ],
+)
+def test_triton_is_told_what_the_engine_was(
+    engine: str, options: dict[str, Any], words: list[str], manifest_maker: Maker
+) -> None:
+    text = config(manifest_maker(), "net", ModelFile(engine, "model.onnx", 2, options))
+    assert all(word in text for word in words)
+    assert ("KIND_GPU" in text) == (engine in ("onnxruntime-cuda", "onnxruntime-tensorrt"))
+
+
+def test_triton_runs_an_unoptimised_file_unoptimised(
+    tmp_path: Path, tiny_onnx: Path, manifest_maker: Maker
+) -> None:
+    engine = {
+        "name": "onnxruntime",
+        "file": "m.onnx",
+        "threads": 2,
+        "options": {"graph_optimizations": False},
+    }
+    bundle = write_bundle(
+        tmp_path / "b", manifest=manifest_maker(engine=engine), files={"m.onnx": tiny_onnx}, report_html=""
+    )
+    assert "optimization { graph { level: 2 } }" in (bundle / "triton/tiny_net/config.pbtxt").read_text()
+    assert sorted(path.name for path in (bundle / "triton/tiny_net/1").iterdir()) == ["model.onnx"]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("resnet50.a1_in1k", "resnet50.a1_in1k"),
+        ("hf-hub:timm/x y", "hf-hub_timm_x_y"),
+        ("../..", "model"),
+        ("猫", "model"),
+    ],
+)
+def test_triton_names_are_safe(name: str, expected: str) -> None:
+    assert model_name({"model": {"name": name}}) == expected

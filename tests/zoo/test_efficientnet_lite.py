@@ -14,9 +14,9 @@ import torch
 import cveff
 from cveff import model_zoo
 from cveff.errors import CheckpointError, MissingDependencyError
-from cveff.model import read_state
 from cveff.model_zoo import checkpoint, efficientnet_lite
 from cveff.runtime.preprocess import preprocess
+from cveff.state import read_state
 
 NAMES = ("efficientnet-lite0", "efficientnet-lite1", "efficientnet-lite2")
 

@@ -47,7 +47,9 @@ AOT = "aot-inductor"
 
 
 def main() -> None:
-    arguments = _arguments()
+    arguments = engines.command_line(
+        __doc__, "aot_engines.json", "mobilenetv3_small_100 only, short, without int8"
+    )
     settings = {
         "threads": arguments.threads,
         "batches": arguments.batches,
@@ -230,26 +232,6 @@ def show(values: Mapping[str, Any]) -> None:
         f"compiling in float32 takes. AOTInductor is chosen in {total['aot_chosen']} of {total['cells']}, and "
         f"{total['slower']} choices got slower.",
     )
-
-
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument(
-        "--models", nargs="+", default=list(engines.MODELS), metavar="NAME", help="timm names"
-    )
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=20.0, help="time of one comparison")
-    parser.add_argument(
-        "--quick", action="store_true", help="mobilenetv3_small_100 only, short, without int8"
-    )
-    parser.add_argument("--fresh", action="store_true", help="forget an earlier run with the same settings")
-    parser.add_argument("--out", type=Path, help="JSON file; by default model_zoo/results/aot_engines.json")
-    arguments = parser.parse_args()
-    if arguments.quick:
-        arguments.models, arguments.seconds = ["mobilenetv3_small_100"], 4.0
-    arguments.out = arguments.out or common.output("aot_engines.json", arguments.quick)
-    return arguments
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ class Timed:
 
 
 def main() -> None:
-    arguments = _arguments()
+    arguments = command_line(__doc__, "engines.json", "mobilenetv3_small_100 only, short comparisons")
     settings = {
         "threads": arguments.threads,
         "batches": arguments.batches,
@@ -255,20 +255,25 @@ def show(values: dict[str, Any]) -> None:
     )
 
 
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+def command_line(about: str | None, results: str, quick: str) -> argparse.Namespace:
+    """The command line of a comparison of engines.
+
+    Args:
+        about: the script's documentation; `results`: name of its JSON file; `quick`: help of `--quick`.
+    """
+    parser = argparse.ArgumentParser(description=(about or "").split("\n\n")[0])
     parser.add_argument("--models", nargs="+", default=list(MODELS), metavar="NAME", help="timm names")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=20.0, help="time of one comparison")
-    parser.add_argument("--quick", action="store_true", help="mobilenetv3_small_100 only, short comparisons")
+    parser.add_argument("--quick", action="store_true", help=quick)
     parser.add_argument("--fresh", action="store_true", help="forget an earlier run with the same settings")
-    parser.add_argument("--out", type=Path, help="JSON file; by default model_zoo/results/engines.json")
-    arguments = parser.parse_args()
-    if arguments.quick:
-        arguments.models, arguments.seconds = ["mobilenetv3_small_100"], 4.0
-    arguments.out = arguments.out or common.output("engines.json", arguments.quick)
-    return arguments
+    parser.add_argument("--out", type=Path, help=f"JSON file; by default model_zoo/results/{results}")
+    given = parser.parse_args()
+    if given.quick:
+        given.models, given.seconds = ["mobilenetv3_small_100"], 4.0
+    given.out = given.out or common.output(results, given.quick)
+    return given
 
 
 if __name__ == "__main__":
