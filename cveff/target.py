@@ -26,9 +26,9 @@ __all__ = [
     "target_names",
 ]
 
-_PROVIDER = ("fp32", "fp16", "int8")
+_PROVIDER = ("fp32", "int8")
 PRECISIONS: Mapping[str, tuple[str, ...]] = {
-    "onnxruntime": ("fp32", "fp16", "int8", "int8-mixed"),
+    "onnxruntime": ("fp32", "int8", "int8-mixed"),
     "openvino": ("fp32", "bf16", "int8", "int8-asymmetric", "int8-bf16"),
     "tensorrt": ("fp32", "fp16", "bf16", "int8", "fp8"),
     "aot-inductor": ("fp32", "bf16"),

@@ -18,9 +18,10 @@ import torch
 from torch import nn
 
 from cveff.errors import CheckpointError, MissingDependencyError
-from cveff.model import Model, create, read_state
+from cveff.model import Model, create
 from cveff.model_zoo.catalogue import Card
 from cveff.model_zoo.checkpoint import check_hash
+from cveff.state import read_state
 
 _STEM = {
     "_conv_stem": "conv_stem",
