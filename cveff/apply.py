@@ -18,7 +18,7 @@ from cveff.errors import StepError
 from cveff.log import Log, NoLog
 from cveff.model import Model, with_module
 from cveff.progress import Progress, Silent
-from cveff.steps import ChecksRun, ModelTimer, Run, Step
+from cveff.steps import ChecksRun, Clock, ModelTimer, Run, Step
 from cveff.target import Target, load_target
 
 
@@ -36,6 +36,7 @@ def apply(
     folder: str | Path | None = None,
     resume: bool = False,
     timer: ModelTimer | None = None,
+    clock: Clock | None = None,
 ) -> Model:
     """Apply steps and edits in order and return a new model; the old one is untouched.
 
@@ -49,6 +50,7 @@ def apply(
         folder: where steps keep the state they resume from.
         resume: continue from that state.
         timer: what times models; by default, where there is a target, its first float32 engine.
+        clock: what a training budget counts from; by default the training's start.
 
     Raises:
         StepError: something is neither a step nor an edit, or a step lacks what it needs (said before any
@@ -75,6 +77,7 @@ def apply(
         folder=None if folder is None else Path(folder),
         resume=resume,
         timer=timer,
+        clock=clock,
     )
     with ExitStack() as stack:
         if run.timer is None and target is not None:

@@ -7,10 +7,12 @@ a run that was killed continues from the last one.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from cveff.apply import apply, check_steps, timer_of
@@ -27,10 +29,12 @@ from cveff.progress import Progress, Silent
 from cveff.recipe import ModelSettings, Recipe
 from cveff.run_folder import check_folder, open_folder, read_json
 from cveff.runtime.errors import first_line
-from cveff.steps import Run, Step
+from cveff.steps import Clock, Run, Step
 from cveff.subject import open_model
 from cveff.target import load_target
 from cveff.train import Train
+from cveff.train.budget import parse_duration
+from cveff.train.loop import SUMMARY
 
 if TYPE_CHECKING:
     from cveff.export.deploy import Deployment
@@ -52,6 +56,8 @@ class PipelineResult:
         split, count: name of that split, and its images.
         num_parameters: of the saved model.
         effects: what each phase did, for a recipe with steps.
+        consumed: by the recipe's training: steps, samples, epochs, FLOPs, seconds; under a budget also
+            `budget_seconds`, and `command_seconds` up to here. Empty without training.
         deployment: the bundle, where the recipe deploys.
     """
 
@@ -62,6 +68,7 @@ class PipelineResult:
     count: int
     num_parameters: int
     effects: tuple[Effect, ...] = ()
+    consumed: Mapping[str, float] = field(default_factory=dict)
     deployment: Deployment | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -74,6 +81,7 @@ class PipelineResult:
             "count": self.count,
             "num_parameters": self.num_parameters,
             "steps": [effect.to_json() for effect in self.effects],
+            "consumed": dict(self.consumed),
             "bundle": None if self.deployment is None else str(self.deployment.path),
             "manifest": None if self.deployment is None else self.deployment.manifest,
         }
@@ -89,6 +97,7 @@ def run(
     device: str | None = None,
     tensorboard: bool = False,
     progress: Progress | None = None,
+    started: float | None = None,
 ) -> PipelineResult:
     """Do everything a recipe says.
 
@@ -103,12 +112,14 @@ def run(
         bundle: deploy, where the recipe says so; without, its target is only what steps measure on.
         device: where torch trains; by default a GPU if there is one.
         tensorboard: also write TensorBoard events.
+        started: when the command began, by `time.monotonic`, which is where a budget counts from; by default now.
 
     Raises:
         RecipeError: `out` holds another run, or something that is no run.
         CveffError: whatever a phase refuses, such as missing data, or no candidate within the accuracy limit. What a
             step can tell beforehand is said before any work.
     """
+    started = time.monotonic() if started is None else started
     out, progress = Path(out), progress or Silent()
     # A misspelt target is better found before training than after.
     target = None if recipe.deploy is None else load_target(recipe.deploy.target)
@@ -141,6 +152,7 @@ def run(
         effects = Effects(out, lambda model: _score(model, data.val, progress), progress)
         if recipe.steps and not finished and recipe.train is None:
             effects.note(START, START, model)
+        exports = recipe.deploy is not None and bundle
         for step, folder in ahead:
             with FileLog(out / "train" / folder.name, tensorboard=tensorboard) as log:
                 model = apply(
@@ -156,6 +168,7 @@ def run(
                     folder=out / "train" / folder.name,
                     resume=resume,
                     timer=timer,
+                    clock=_clock(model, recipe, data, started, exports) if step is recipe.train else None,
                 )
             save(model, folder)
             if recipe.steps:
@@ -169,11 +182,40 @@ def run(
             split=data.evaluation.name,
             count=len(data.evaluation),
             num_parameters=model.num_parameters,
+            consumed=_consumed(out, recipe, started),
             effects=effects.complete(kinds, phase, timer, target) if recipe.steps else (),
         )
     if recipe.deploy is None or not bundle:
         return result
     return replace(result, deployment=_deploy(model, recipe, data, result, resume, progress))
+
+
+def _clock(model: Model, recipe: Recipe, data: Data, started: float, exports: bool) -> Clock | None:
+    """What a training budget of the recipe counts from, and pays for after training."""
+    if recipe.train is None or recipe.train.budget is None:
+        return None
+    images = len(data.evaluation) + (len(data.val) if recipe.steps else 0)
+    return Clock(started, images, _export_seconds(model) if exports else 0.0)
+
+
+def _export_seconds(model: Model) -> float:
+    """How long it takes to export `model`, by doing it."""
+    from cveff.export.onnx import export
+
+    with TemporaryDirectory() as folder:
+        began = time.monotonic()
+        export(model, Path(folder) / "model.onnx")
+        return time.monotonic() - began
+
+
+def _consumed(out: Path, recipe: Recipe, started: float) -> dict[str, float]:
+    if recipe.train is None:
+        return {}
+    figures = read_json(out / "train" / f"0-{recipe.train.kind}" / SUMMARY)
+    if figures and recipe.train.budget is not None:
+        figures["budget_seconds"] = parse_duration(recipe.train.budget)
+        figures["command_seconds"] = time.monotonic() - started
+    return figures
 
 
 def _teacher(finished: Sequence[tuple[Step, Path]], model: Model, recipe: Recipe, data: Data) -> Model:

@@ -39,6 +39,7 @@ __all__ = [
     "read_recipe",
     "recipe_for",
     "recipe_names",
+    "with_budget",
     "with_epochs",
     "with_overrides",
 ]
@@ -174,29 +175,38 @@ def read_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
 
 
 def recipe_for(
-    subject: str, overrides: Mapping[str, Any] | None = None, *, epochs: int | None = None
+    subject: str,
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    epochs: int | None = None,
+    budget: str | None = None,
 ) -> Recipe:
     """The recipe a user means: a file, a name in the zoo, or the defaults on a data set.
 
     Args:
         overrides: as for `read_recipe`.
         epochs: as `with_epochs`.
+        budget: as `with_budget`.
 
     Raises:
-        RecipeError: as `read_recipe`, or `epochs` for a recipe that does not train.
+        RecipeError: as `read_recipe`, both of them, or either for a recipe that does not train.
     """
     if subject.endswith((".toml", ".json")) or find_recipe(subject) is not None:
         recipe = read_recipe(subject, overrides)
     else:
         values = Recipe(data=DataSettings(subject), train=default_training(subject)).to_json()
         recipe = parse_recipe(with_overrides(values, overrides or {}), "command line")
-    if epochs is None:
+    if epochs is None and budget is None:
         return recipe
+    if epochs is not None and budget is not None:
+        raise RecipeError("--epochs and --budget contradict each other; give one of them")
     if recipe.train is None:
+        option = "--budget" if epochs is None else "--epochs"
         raise RecipeError(
-            f"{subject}: train: is missing, so --epochs has nothing to change; add a [train] table"
+            f"{subject}: train: is missing, so {option} has nothing to change; add a [train] table"
         )
-    return dataclasses.replace(recipe, train=with_epochs(recipe.train, epochs))
+    train = with_budget(recipe.train, budget) if epochs is None else with_epochs(recipe.train, epochs)  # type: ignore[arg-type]
+    return dataclasses.replace(recipe, train=train)
 
 
 def default_training(source: str, epochs: int | None = None, has_weights: bool = False) -> Train:
@@ -233,6 +243,15 @@ def with_epochs(train: Train, epochs: int) -> Train:
     """
     warmup = train.warmup_epochs * epochs / train.epochs if train.epochs else 0.0
     return dataclasses.replace(train, epochs=epochs, warmup_epochs=max(warmup, 0.0))
+
+
+def with_budget(train: Train, budget: str) -> Train:
+    """`train` for a wall-clock time such as "10m", whatever stopped it before.
+
+    Raises:
+        TrainingError: `budget` is no time.
+    """
+    return dataclasses.replace(train, budget=budget, epochs=max(1, train.epochs), patience=0)
 
 
 def find_recipe(name: str) -> Path | None:

@@ -42,6 +42,21 @@ class ModelTimer(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Clock:
+    """When work began that a budget of time pays for, and what it pays for after training.
+
+    Attributes:
+        started: by `time.monotonic`.
+        images: how many are scored with the trained model within the budget.
+        seconds: what else is done with it within the budget.
+    """
+
+    started: float
+    images: int = 0
+    seconds: float = 0.0
+
+
 @dataclass
 class Run:
     """What every step may use.
@@ -57,6 +72,7 @@ class Run:
         folder: where a step keeps the state it resumes from, or None: nothing is kept.
         resume: continue from that state where there is one.
         timer: times models on the target's engine; None without a target.
+        clock: what a training budget counts from; None: it counts from the step's start.
     """
 
     data: Data | None = None
@@ -69,6 +85,7 @@ class Run:
     folder: Path | None = None
     resume: bool = False
     timer: ModelTimer | None = None
+    clock: Clock | None = None
 
     @property
     def channel_multiple(self) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +19,7 @@ def register(app: typer.Typer) -> None:
     app.command(
         epilog=examples(
             "cveff train digits",
+            "cveff train fashion-mnist --budget 10m",
             "cveff train recipe.toml --set train.epochs=5 --out runs/short",
             "cveff train photos/ --model mobilenetv4_conv_small --target edge-cpu --resume",
         )
@@ -43,6 +46,14 @@ def train(
     epochs: Annotated[
         int | None, typer.Option("--epochs", min=0, help="Train this long, with the warm-up in proportion.")
     ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            "--budget",
+            metavar="TIME",
+            help="Train as long as fits, by the clock: 90s, 10m, 1h30m, from this command's start to the scored model.",
+        ),
+    ] = None,
     target: Annotated[
         str | None, typer.Option("--target", help="Deploy to this target (`cveff targets`).")
     ] = None,
@@ -61,6 +72,7 @@ def train(
     as_json: options.Json = False,
 ) -> None:
     """Train a model by a recipe, do the recipe's steps, and deploy it if the recipe says so."""
+    started = time.monotonic()
     with working(quiet) as progress:
         from cveff.pipeline import run
         from cveff.recipe import parse_assignment, recipe_for
@@ -73,7 +85,7 @@ def train(
         }
         overrides = {key: value for key, value in overrides.items() if value is not None}
         overrides |= dict(parse_assignment(text) for text in settings or ())
-        recipe = recipe_for(recipe_or_data, overrides, epochs=epochs)
+        recipe = recipe_for(recipe_or_data, overrides, epochs=epochs, budget=budget)
         result = run(
             recipe,
             out=out or Path("runs") / Path(recipe_or_data).stem,
@@ -83,6 +95,7 @@ def train(
             device=device,
             tensorboard=tensorboard,
             progress=progress,
+            started=started,
         )
     if as_json:
         return print_json(result.to_json())
@@ -90,6 +103,7 @@ def train(
         ("accuracy", f"{percent(result.accuracy)} of {result.count} images ({result.split})"),
         ("parameters", f"{result.num_parameters:,}"),
         ("model", result.model),
+        *consumption(result.consumed),
     ]
     print_table("", ("figure", "value"), rows)
     if result.deployment is not None:
@@ -97,3 +111,20 @@ def train(
 
         show_deployment(result.deployment)
     return None
+
+
+def consumption(figures: Mapping[str, float]) -> Iterator[tuple[str, str]]:
+    """Rows of a table: what training consumed."""
+    if not figures:
+        return
+    yield (
+        "samples seen",
+        f"{figures['samples']:,} ({figures['epochs']:.1f} epochs, {figures['steps']:,} steps)",
+    )
+    if "tokens" in figures:
+        yield "tokens seen", f"{figures['tokens']:.3g} (summed over blocks)"
+    yield "operations", f"{figures['flops']:.3g} FLOPs"
+    share = percent(figures["evaluation_share"])
+    yield "time", f"{figures['seconds']:.1f} s of training, {share} of it in validation"
+    if "command_seconds" in figures:
+        yield "budget", f"{figures['command_seconds']:.1f} s of {figures['budget_seconds']:.0f} s used"

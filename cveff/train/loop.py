@@ -3,9 +3,11 @@ ends with the weights it would have had."""
 
 from __future__ import annotations
 
+import itertools
 import time
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,8 +16,11 @@ from torch import nn
 
 from cveff.data.dataset import Split
 from cveff.errors import CheckpointError, StepError
+from cveff.files import write_json
 from cveff.model import Model, save_weights
 from cveff.steps import Run
+from cveff.train.budget import Budget, Reserve
+from cveff.train.compute import BACKWARD, Compute, forward_flops
 from cveff.train.ema import MovingAverage
 from cveff.train.evaluate import evaluate
 from cveff.train.finite import require_finite
@@ -24,9 +29,16 @@ from cveff.train.optimizers import build_optimizer
 from cveff.train.precision import choose_precision
 from cveff.train.schedule import learning_rate_factor
 from cveff.train.state import differences, load_state, save_state
+from cveff.train.timing import evaluation_seconds
 
 if TYPE_CHECKING:
     from cveff.train.train import Train
+
+SUMMARY = "summary.json"
+"""In a run's folder: what training consumed."""
+
+_TIMED_AGAIN_AT = 0.8  # share of the time for training when evaluation is timed once more
+_SYNCHRONIZE_EVERY = 8  # steps of a budget on a GPU: every step would leave it idle in between
 
 
 def fit(model: Model, settings: Train, run: Run, objective: Objective | None = None) -> Model:
@@ -43,7 +55,7 @@ def fit(model: Model, settings: Train, run: Run, objective: Objective | None = N
 
     Raises:
         StepError: no data, or fewer classes in the model than in the data.
-        TrainingError: the loss or a gradient is not finite.
+        TrainingError: the loss or a gradient is not finite, or a budget is too short.
         CheckpointError: `run.resume` and the state in `run.folder` belongs to other settings.
     """
     if run.data is None or run.data.train is None:
@@ -95,6 +107,13 @@ class _Trainer:
         self.batches_per_epoch = train_split.num_training_batches(settings.batch_size)
         self.total_steps = settings.epochs * self.batches_per_epoch
         self.step = 0
+        self.budget: Budget | None = None
+        self.begun: float | None = None
+        self.saving = 0.0
+        self.is_planned = self.is_timed_again = False
+        self.compute = Compute()
+        self.flops: dict[tuple[int, ...], float] = {}
+        self.started = time.monotonic()
         self.best_accuracy, self.best_epoch = -1.0, -1
         self.best_weights: dict[str, torch.Tensor] = {}
         self.finished = False
@@ -103,14 +122,11 @@ class _Trainer:
     def train(self) -> Model:
         if self.run.resume:
             self._resume()
-        start = self.step
         if not self.finished:
-            steps = iter(
-                self.run.progress.track(
-                    range(start, self.total_steps), "training", total=self.total_steps - start
-                )
-            )
-            for epoch in range(start // self.batches_per_epoch, self.settings.epochs):
+            if self.settings.budget is not None:
+                self._begin_budget()
+            steps = self._bar()
+            for epoch in itertools.count(self.step // self.batches_per_epoch):
                 self._train_epoch(epoch, steps)
                 if self._validate(epoch):
                     break
@@ -134,7 +150,7 @@ class _Trainer:
         losses: list[torch.Tensor] = []
         started, limit = time.monotonic(), settings.checkpoint_minutes * 60
         for images, targets in batches:
-            next(steps)
+            next(steps, None)
             losses.append(self._optimize(images, targets, epoch))
             if len(losses) % 50 == 1:  # seldom, as it waits for the device; first, to name what breaks first
                 self._require_finite(losses[-1])
@@ -142,7 +158,11 @@ class _Trainer:
             is_within_epoch = self.step % self.batches_per_epoch != 0
             if self.run.folder and is_within_epoch and time.monotonic() - self.last_saved > limit:
                 self._save_state()
+            if self.budget is not None and self._after_budgeted_step(self.budget):
+                break
         self._require_finite(losses[-1])
+        if self.budget is not None and self.budget.is_over:
+            self._finish_objective()
         self.epoch_figures = {
             "train/loss": float(torch.stack(losses).mean()),
             "train/learning_rate": settings.peak_learning_rate * self._factor(self.step - 1),
@@ -155,6 +175,7 @@ class _Trainer:
         # Dropout and stochastic depth draw from torch's own generator: seeding it by step makes them resumable.
         torch.manual_seed(int(np.random.SeedSequence([self.run.seed, epoch, self.step]).generate_state(1)[0]))
         self.optimizer.set_factor(self._factor(self.step))
+        self._count(images)
         self.optimizer.zero_grad()
         total = torch.zeros((), device=self.run.device)
         for part, answers in zip(
@@ -190,10 +211,16 @@ class _Trainer:
     def _validate(self, epoch: int) -> bool:
         """Validate, log and keep what is due after `epoch`; whether training should stop."""
         settings = self.settings
-        is_last = epoch + 1 == settings.epochs
-        if is_last or (epoch + 1) % settings.validate_every == 0:
+        budget = self.budget
+        is_last = epoch + 1 == settings.epochs if budget is None else budget.is_over
+        is_due = (epoch + 1) % settings.validate_every == 0
+        if budget is not None and is_due:
+            is_due = budget.affords_evaluation(self.compute.evaluation_seconds)
+        if is_last or is_due:
             module = self.average.module if self.average else self.module
+            started = time.monotonic()
             figures = evaluate(module, self.val_split, self.model.spec.input, self._autocast())
+            self.compute.evaluation_seconds += time.monotonic() - started
             self.epoch_figures |= {"val/accuracy": figures["accuracy"], "val/loss": figures["loss"]}
             if figures["accuracy"] > self.best_accuracy:
                 self.best_accuracy, self.best_epoch = figures["accuracy"], epoch
@@ -202,22 +229,114 @@ class _Trainer:
                 }
                 if self.run.folder:
                     self._save_model(self.best_weights, "best")
+            of = f"/{settings.epochs}" if budget is None else f", {100 * budget.share:.0f}% of the budget"
             self.run.progress.message(
-                f"epoch {epoch + 1}/{settings.epochs}  loss {self.epoch_figures['train/loss']:.4f}  "
+                f"epoch {epoch + 1}{of}  loss {self.epoch_figures['train/loss']:.4f}  "
                 f"val accuracy {100 * figures['accuracy']:.2f}%  best {100 * self.best_accuracy:.2f}%"
             )
         stop = bool(settings.patience) and epoch - self.best_epoch >= settings.patience
         self.finished = stop or is_last
+        self.epoch_figures |= {f"seen/{name}": value for name, value in self._consumed().items()}
         self.run.log.write(self.step, {"epoch": epoch + 1, **self.epoch_figures})
         if self.run.folder:
             if self.finished:
                 self._save_model((self.average.module if self.average else self.module).state_dict(), "last")
             self._save_state()
+            write_json(self.run.folder / SUMMARY, self._consumed())
         if stop and not is_last:
             self.run.progress.message(
                 f"stopped early: no better validation accuracy for {settings.patience} epochs"
             )
-        return stop
+        if budget is not None:
+            budget.resume_steps()
+        return self.finished
+
+    def _begin_budget(self) -> None:
+        """Time evaluation and saving, keep that much free, and start the clock.
+
+        Raises:
+            TrainingError: the budget is too short to train and evaluate.
+        """
+        assert self.settings.budget is not None
+        self.budget = Budget(
+            self.settings.budget, self.run.clock, spent=self.compute.seconds, begun=self.begun
+        )
+        started = time.monotonic()
+        if self.run.folder:
+            self._save_state()
+        # The state, the best and the last weights: at the end all three are written.
+        self.saving = 3 * (time.monotonic() - started)
+        reserve = self._reserve()
+        per_image = reserve.evaluation / self._images_to_score()
+        self.budget.begin(reserve, (1 + BACKWARD) * per_image * self.settings.batch_size)
+
+    def _reserve(self) -> Reserve:
+        """What the end of the budget is kept free for, as timed now."""
+        module = self.average.module if self.average else self.module
+        per_image = evaluation_seconds(module, self.val_split, self.model.spec.input, self._autocast())
+        afterwards = 0.0 if self.run.clock is None else self.run.clock.seconds
+        return Reserve(per_image * self._images_to_score(), self.saving, afterwards)
+
+    def _images_to_score(self) -> int:
+        return len(self.val_split) + (0 if self.run.clock is None else self.run.clock.images)
+
+    def _after_budgeted_step(self, budget: Budget) -> bool:
+        """Keep time; whether the budget is over."""
+        if self.run.device.type == "cuda":
+            if self.step % _SYNCHRONIZE_EVERY:
+                return False
+            torch.cuda.synchronize(self.run.device)
+        budget.after_steps(_SYNCHRONIZE_EVERY if self.run.device.type == "cuda" else 1)
+        if budget.share >= _TIMED_AGAIN_AT and not self.is_timed_again:
+            self.is_timed_again = True
+            budget.adjust(self._reserve())
+            budget.resume_steps()
+        was_planned, self.total_steps = self.is_planned, self.step + budget.remaining_steps()
+        if budget.is_measured and not was_planned:
+            self.is_planned = True
+            plan = budget.plan(self.total_steps, self.settings.batch_size, len(self.train_split))
+            self.run.progress.message(plan)
+        return budget.is_over
+
+    def _finish_objective(self) -> None:
+        """What follows the course of training, such as a growing share of zeros, arrives where it was going to."""
+        for module in (self.module, *([self.average.module] if self.average else [])):
+            self.objective.after_step(module, self.step, self.step)
+
+    def _bar(self) -> Iterator[float]:
+        """Steps that are left, or under a budget percents of the time: a bar that moves on with each `next`."""
+        track = self.run.progress.track
+        if self.budget is None:
+            left = range(self.step, self.total_steps)
+            return iter(track(left, "training", total=len(left)))
+        return self._follow(iter(track(range(100), "training, % of the budget", total=100)), self.budget)
+
+    def _follow(self, bar: Iterator[int], budget: Budget) -> Iterator[float]:
+        percent = 0
+        while True:
+            for percent in range(percent + 1, int(100 * budget.share) + 1):
+                next(bar, None)
+            yield budget.share
+
+    def _seconds(self) -> float:
+        if self.budget is not None:
+            return self.budget.elapsed
+        return self.compute.seconds + time.monotonic() - self.started
+
+    def _consumed(self) -> dict[str, float]:
+        """What the run has consumed so far."""
+        compute = replace(self.compute, steps=self.step, seconds=self._seconds())
+        return compute.figures(len(self.train_split))
+
+    def _count(self, images: torch.Tensor) -> None:
+        """Add a batch to what was seen."""
+        size = tuple(images.shape[1:])
+        if size not in self.flops:
+            few = images[:2].to(self.run.device)
+            with self._autocast():
+                self.flops[size] = (1 + BACKWARD) * forward_flops(self.module, few) / len(few)
+        self.compute.samples += len(images)
+        self.compute.flops += self.flops[size] * len(images)
 
     def _kept(self) -> Model:
         if self.settings.keep == "best" and self.best_weights:
@@ -246,6 +365,8 @@ class _Trainer:
                 "extra": self.extra.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(),
+                "compute": asdict(replace(self.compute, seconds=self._seconds())),
+                "begun": None if self.budget is None else self.budget.begun,
             },
         )
         self.last_saved = time.monotonic()
@@ -271,6 +392,8 @@ class _Trainer:
         self.step, self.finished = state["step"], state["finished"]
         self.best_accuracy, self.best_epoch = state["best_accuracy"], state["best_epoch"]
         self.best_weights = state["best_weights"]
+        self.compute = Compute(**state.get("compute", {}))
+        self.begun = state.get("begun")
         self.run.log.rewind(self.step)
         self.run.progress.message(f"resumed at step {self.step} of {self.total_steps}")
 
@@ -290,8 +413,12 @@ class _Trainer:
             "seed": self.run.seed,
         }
 
-    def _factor(self, step: int) -> float:
-        warmup = round(self.settings.warmup_epochs * self.batches_per_epoch)
+    def _factor(self, step: float) -> float:
+        if self.budget is not None:
+            step = self.budget.share * self.total_steps
+            warmup = round(self.settings.warmup_epochs / self.settings.epochs * self.total_steps)
+        else:
+            warmup = round(self.settings.warmup_epochs * self.batches_per_epoch)
         return learning_rate_factor(self.settings.schedule, step, self.total_steps, warmup)
 
     def _autocast(self) -> AbstractContextManager[Any]:

@@ -8,8 +8,8 @@ ONE_CYCLE_RISE = 0.3
 TRIANGULAR_RISE = 0.2
 
 
-def learning_rate_factor(schedule: str, step: int, total_steps: int, warmup_steps: int) -> float:
-    """Factor in [0, 1] for optimizer step `step` (from 0) of `total_steps`.
+def learning_rate_factor(schedule: str, step: float, total_steps: int, warmup_steps: int) -> float:
+    """Factor in [0, 1] for optimizer step `step` (from 0) of `total_steps`; a step may lie between two.
 
     "cosine": linear warm-up, then half a cosine to 0 (Loshchilov & Hutter, SGDR, ICLR 2017). "constant": warm-up,
     then 1. "one-cycle": half a cosine from 1/25 up to 1 for 30% of the steps, half a cosine down to 0 (Smith &
@@ -24,9 +24,11 @@ def learning_rate_factor(schedule: str, step: int, total_steps: int, warmup_step
     if schedule == "triangular":
         # From one step's worth up: a first step of 0 would be wasted.
         rise = max(1, round(TRIANGULAR_RISE * total_steps))
-        return (step + 1) / rise if step < rise else (total_steps - step) / max(1, total_steps - rise)
+        return (
+            min(1.0, (step + 1) / rise) if step < rise else (total_steps - step) / max(1, total_steps - rise)
+        )
     if step < warmup_steps:
-        return (step + 1) / warmup_steps
+        return min(1.0, (step + 1) / warmup_steps)
     if schedule == "constant":
         return 1.0
     return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, total_steps - warmup_steps)))

@@ -9,6 +9,7 @@ from cveff.data.augment import Augmentation
 from cveff.errors import TrainingError
 from cveff.model import Model
 from cveff.steps import Run
+from cveff.train.budget import parse_duration
 from cveff.train.loop import fit
 
 DEFAULT_LEARNING_RATE = {"sgd": 0.1, "adamw": 1e-3, "muon": 0.02}
@@ -20,6 +21,8 @@ class Train:
 
     Attributes:
         epochs: passes over the training images; 0 leaves the weights alone.
+        budget: wall-clock time such as "10m", in place of `epochs`: the schedule ends with it, validation, saving
+            and what the run scores afterwards included. `epochs` then only says what share `warmup_epochs` is.
         batch_size: images an optimizer step sees.
         accumulation: parts a batch is computed in, to save memory; must divide `batch_size`.
         optimizer: "sgd" (Nesterov momentum), "adamw", or "muon" (Muon for hidden weight matrices and
@@ -66,6 +69,7 @@ class Train:
     num_workers: int = 0
     checkpoint_minutes: float = 5.0
     augmentation: Augmentation = field(default_factory=Augmentation)
+    budget: str | None = None
 
     kind: ClassVar[str] = "train"
     requires: ClassVar[tuple[str, ...]] = ("data",)
@@ -95,6 +99,10 @@ class Train:
         self._check("validate_every", self.validate_every >= 1, "1 or more")
         self._check("num_workers", self.num_workers >= 0, "0 or more")
         self._check("checkpoint_minutes", self.checkpoint_minutes > 0, "a positive number")
+        if self.budget is not None:
+            parse_duration(self.budget)
+            self._check("patience", self.patience == 0, "0 with a budget, which says itself when to stop")
+            self._check("epochs", self.epochs > 0, "1 or more with a budget")
         if self.batch_size % self.accumulation:
             raise TrainingError(
                 f"train.accumulation {self.accumulation} does not divide train.batch_size {self.batch_size}; "
