@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cveff.errors import CveffError
+from cveff.runtime.errors import first_line
 from cveff.runtime.files import atomic_path, umask_mode, writable
 
-__all__ = ["atomic_folder", "atomic_path", "write_json", "write_text"]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["atomic_folder", "atomic_path", "write_json", "write_tensors", "write_text"]
 
 
 @contextmanager
@@ -54,3 +58,24 @@ def write_text(path: str | Path, text: str) -> None:
 def write_json(path: str | Path, value: Any) -> None:
     """Write indented JSON atomically."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_tensors(
+    path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a safetensors file atomically.
+
+    Raises:
+        CveffError: the folder cannot be written, or the disk is full; an earlier file is left as it was.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        with atomic_path(path) as temporary:
+            save_file(dict(tensors), str(temporary), metadata=None if metadata is None else dict(metadata))
+    except SafetensorError as error:  # what the library makes of a full disk
+        raise CveffError(
+            f"cannot write {path}: {first_line(error)}; what was there before is left as it was; "
+            "free space there"
+        ) from error

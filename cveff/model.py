@@ -11,13 +11,12 @@ from typing import Any, get_args
 
 import timm
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 import cveff.backbones  # noqa: F401  (registers cveff's own architectures with timm)
 from cveff.edits import Edit, edit_from_json, edit_to_json
 from cveff.errors import CheckpointError, CveffError, UnknownModelError
-from cveff.files import atomic_folder, write_json
+from cveff.files import atomic_folder, write_json, write_tensors
 from cveff.runtime.errors import first_line
 from cveff.runtime.input_spec import InputSpec
 from cveff.state import load_weights
@@ -206,10 +205,8 @@ def save_weights(spec: ModelSpec, weights: Mapping[str, torch.Tensor], path: str
     # Tied weights share storage, which safetensors refuses; copies load back to the same values.
     state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()}
     with atomic_folder(path) as folder:
-        save_file(state, str(folder / "weights.safetensors"))
+        write_tensors(folder / "weights.safetensors", state)
         write_json(folder / "model.json", {"checkpoint_version": CHECKPOINT_VERSION, **spec.to_json()})
-        # safetensors lets the owner alone read what it writes; a service runs as somebody else.
-        (folder / "weights.safetensors").chmod((folder / "model.json").stat().st_mode)
 
 
 def load(path: str | Path) -> Model:

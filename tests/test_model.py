@@ -189,7 +189,7 @@ def test_a_failed_save_leaves_the_old_model(tmp_path: Path, monkeypatch: pytest.
     def full_disk(*args: object, **kwargs: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("cveff.model.save_file", full_disk)
+    monkeypatch.setattr("safetensors.torch.save_file", full_disk)
     with pytest.raises(CveffError, match="No space left on device; nothing was left half-written"):
         cveff.save(cveff.create("test_resnet", num_classes=3), tmp_path / "m")
     assert cveff.load(tmp_path / "m").spec == model.spec

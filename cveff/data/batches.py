@@ -6,7 +6,8 @@ depend on the batches before it: an epoch resumed half-way goes on bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -63,6 +64,7 @@ def training_batches(
     epoch: int,
     start: int = 0,
     num_workers: int = 0,
+    chosen: Iterable[np.ndarray] | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """See `Split.training_batches`."""
     labels = split.class_indices()
@@ -72,11 +74,13 @@ def training_batches(
         raise DataError(f"split {split.name!r} has no images to train on")
     if labels.max() >= num_classes and augmentation.mixes:
         raise DataError(f"split {split.name!r} has class {labels.max()}; the model has {num_classes} classes")
-    order = generator(_ORDER, seed, epoch).permutation(len(split))
     coins = generator(_FLIP, seed).integers(0, 2, len(split))
     steps = range(start, split.num_training_batches(batch_size))
-    batches = [order[step * batch_size : (step + 1) * batch_size] for step in steps]
-    decoded = _decoded(split, batches, spec, augmentation, seed, epoch, num_workers)
+    if chosen is None:
+        order = shuffled(len(split), seed, epoch)
+        chosen = [order[step * batch_size : (step + 1) * batch_size] for step in steps]
+    batches, wanted = itertools.tee(chosen)
+    decoded = _decoded(split, wanted, spec, augmentation, seed, epoch, num_workers)
     for step, indices, images in zip(steps, batches, decoded, strict=True):
         random = generator(_BATCH, seed, epoch, step)
         if augmentation.crop_padding:
@@ -94,9 +98,14 @@ def training_batches(
         yield batch, targets
 
 
+def shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of an epoch's images, (count,) int64."""
+    return generator(_ORDER, seed, epoch).permutation(count)
+
+
 def _decoded(
     split: Split,
-    batches: list[np.ndarray],
+    batches: Iterable[np.ndarray],
     spec: InputSpec,
     augmentation: Augmentation,
     seed: int,
@@ -108,5 +117,5 @@ def _decoded(
     if pixels is not None:
         return (pixels[indices] for indices in batches)
     return decoded_batches(
-        split, batches, spec, augmentation, seed=seed, epoch=epoch, num_workers=num_workers
+        split, list(batches), spec, augmentation, seed=seed, epoch=epoch, num_workers=num_workers
     )

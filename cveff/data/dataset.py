@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -119,12 +119,15 @@ class Split(ABC):
         epoch: int,
         start: int = 0,
         num_workers: int = 0,
+        chosen: Iterable[np.ndarray] | None = None,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """One epoch of shuffled, augmented batches; each depends on (seed, epoch, step) alone.
 
         Args:
             start: leave out the first `start` batches; the others are the same as without.
             num_workers: processes that decode, for splits that do not fit in memory; no effect on results.
+            chosen: indices of each batch from `start` to the epoch's end, in place of a shuffled epoch's. Of a split
+                in memory, each is taken just before its batch is made.
 
         Yields:
             images (B, C, H, W) float32, normalised, channels last in memory; targets (B,) int64, or soft
@@ -146,6 +149,7 @@ class Split(ABC):
             epoch=epoch,
             start=start,
             num_workers=num_workers,
+            chosen=chosen,
         )
 
     def num_training_batches(self, batch_size: int) -> int:

@@ -199,10 +199,11 @@ class Budget:
 
     def plan(self, total_steps: int, batch_size: int, images: int) -> str:
         """What the budget is going to buy, as one line."""
-        samples = total_steps * batch_size
+        begun, speed = self.begun or 0.0, batch_size / self.step_seconds
+        epochs = total_steps * batch_size / images
         return (
-            f"budget {duration(self.seconds)}: {self.begun:.0f} s before training, then {batch_size / self.step_seconds:,.0f} "
-            f"images/s for {self.end - (self.begun or 0):.0f} s = {total_steps:,} steps = {samples / images:.1f} epochs; "
+            f"budget {duration(self.seconds)}: {begun:.0f} s before training, then {speed:,.0f} images/s for "
+            f"{self.end - begun:.0f} s = {total_steps:,} steps = {epochs:.1f} epochs; "
             f"kept free: {self._reserve.evaluation:.1f} s for evaluation, {self._reserve.saving:.1f} s for saving, "
             f"{self._reserve.afterwards:.1f} s for export"
         )

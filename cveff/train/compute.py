@@ -57,3 +57,30 @@ def forward_flops(module: nn.Module, images: Tensor) -> int:
         for name, value in module.named_buffers():
             value.copy_(buffers[name])
     return int(counter.get_total_flops())
+
+
+class Meter:
+    """Counts what a run consumes, batch by batch.
+
+    Args:
+        module: the network that is trained.
+
+    Attributes:
+        compute: the totals, without the time.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.compute = Compute()
+        self._module = module
+        self._flops: dict[tuple[int, ...], float] = {}
+
+    def count(self, images: Tensor, layer_tokens: int, device: torch.device) -> None:
+        """Add a batch (B, C, H, W) that goes forward and backward; `layer_tokens` of each image, see `Compute`."""
+        # Once for each size and number of tokens: what a step costs depends on nothing else.
+        key = (*images.shape[1:], layer_tokens)
+        if key not in self._flops:
+            few = images[:2].to(device)
+            self._flops[key] = (1 + BACKWARD) * forward_flops(self._module, few) / len(few)
+        self.compute.samples += len(images)
+        self.compute.tokens += layer_tokens * len(images)
+        self.compute.flops += self._flops[key] * len(images)

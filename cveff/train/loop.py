@@ -18,17 +18,21 @@ from cveff.data.dataset import Split
 from cveff.errors import CheckpointError, StepError
 from cveff.files import write_json
 from cveff.model import Model, save_weights
-from cveff.steps import Run
-from cveff.train.budget import Budget, Reserve
-from cveff.train.compute import BACKWARD, Compute, forward_flops
+from cveff.steps import Clock, Run
+from cveff.train.budget import Budget
+from cveff.train.compute import Compute, Meter
+from cveff.train.deadline import Deadline
 from cveff.train.ema import MovingAverage
 from cveff.train.evaluate import evaluate
+from cveff.train.feed import Feed
 from cveff.train.finite import require_finite
+from cveff.train.importance import weighted
 from cveff.train.objective import Constraint, CrossEntropy, Objective
 from cveff.train.optimizers import build_optimizer
 from cveff.train.precision import choose_precision
 from cveff.train.schedule import learning_rate_factor
 from cveff.train.state import differences, load_state, save_state
+from cveff.train.thinning import Thinning
 from cveff.train.timing import evaluation_seconds
 
 if TYPE_CHECKING:
@@ -36,9 +40,6 @@ if TYPE_CHECKING:
 
 SUMMARY = "summary.json"
 """In a run's folder: what training consumed."""
-
-_TIMED_AGAIN_AT = 0.8  # share of the time for training when evaluation is timed once more
-_SYNCHRONIZE_EVERY = 8  # steps of a budget on a GPU: every step would leave it idle in between
 
 
 def fit(model: Model, settings: Train, run: Run, objective: Objective | None = None) -> Model:
@@ -68,7 +69,12 @@ def fit(model: Model, settings: Train, run: Run, objective: Objective | None = N
     if settings.epochs == 0:
         model.module.eval()
         return model
-    objective = objective or CrossEntropy(settings.label_smoothing)
+    if settings.importance is not None and objective is not None:
+        raise StepError(
+            "train.importance weighs cross-entropy alone; leave it out of a step that has its own loss"
+        )
+    # Weights of images come with their targets, and so does label smoothing then.
+    objective = objective or CrossEntropy(0.0 if settings.importance else settings.label_smoothing)
     for edit in model.spec.edits:
         if isinstance(edit, Constraint):
             objective = edit.constrained(objective, model.module)
@@ -87,8 +93,10 @@ class _Trainer:
         train_split: Split,
         val_split: Split,
     ) -> None:
+        self.started = time.monotonic()
         self.model, self.settings, self.run, self.objective = model, settings, run, objective
-        self.train_split, self.val_split = train_split, val_split
+        self.feed = Feed(model, settings, run, train_split)
+        self.train_split, self.val_split = self.feed.split, val_split
         exact = any(getattr(edit, "needs_float32", False) for edit in model.spec.edits)
         wanted = "fp32" if exact and settings.precision == "auto" else settings.precision
         self.precision = choose_precision(wanted, run.device)
@@ -104,16 +112,14 @@ class _Trainer:
         )
         self.average = MovingAverage(self.module, settings.ema) if settings.ema else None
         self.scaler = torch.amp.GradScaler(run.device.type, enabled=self.precision == torch.float16)
-        self.batches_per_epoch = train_split.num_training_batches(settings.batch_size)
+        self.batches_per_epoch = self.train_split.num_training_batches(settings.batch_size)
         self.total_steps = settings.epochs * self.batches_per_epoch
         self.step = 0
-        self.budget: Budget | None = None
+        self.deadline: Deadline | None = None
         self.begun: float | None = None
-        self.saving = 0.0
-        self.is_planned = self.is_timed_again = False
-        self.compute = Compute()
-        self.flops: dict[tuple[int, ...], float] = {}
-        self.started = time.monotonic()
+        self.meter = Meter(self.module)
+        self.thinning = Thinning(model, settings, run.device)
+        self.layer_tokens = self.thinning.consumed_share(self.total_steps)
         self.best_accuracy, self.best_epoch = -1.0, -1
         self.best_weights: dict[str, torch.Tensor] = {}
         self.finished = False
@@ -124,7 +130,7 @@ class _Trainer:
             self._resume()
         if not self.finished:
             if self.settings.budget is not None:
-                self._begin_budget()
+                self._start_clock()
             steps = self._bar()
             for epoch in itertools.count(self.step // self.batches_per_epoch):
                 self._train_epoch(epoch, steps)
@@ -145,6 +151,9 @@ class _Trainer:
             epoch=epoch,
             start=first,
             num_workers=settings.num_workers,
+            chosen=self.feed.batches(
+                epoch, first, lambda batch: self._share(epoch * self.batches_per_epoch + batch)
+            ),
         )
         self.module.train()
         losses: list[torch.Tensor] = []
@@ -153,15 +162,16 @@ class _Trainer:
             next(steps, None)
             losses.append(self._optimize(images, targets, epoch))
             if len(losses) % 50 == 1:  # seldom, as it waits for the device; first, to name what breaks first
-                self._require_finite(losses[-1])
+                self._require_finite(losses, images)
             # Never between an epoch's last batch and its validation, which a resumed run would skip.
             is_within_epoch = self.step % self.batches_per_epoch != 0
             if self.run.folder and is_within_epoch and time.monotonic() - self.last_saved > limit:
+                self._require_finite(losses, images)  # a state of weights that are no numbers would be no use
                 self._save_state()
-            if self.budget is not None and self._after_budgeted_step(self.budget):
+            if self.deadline is not None and self.deadline.after_step(self.step):
                 break
-        self._require_finite(losses[-1])
-        if self.budget is not None and self.budget.is_over:
+        self._require_finite(losses, images)
+        if self.deadline is not None and self.deadline.budget.is_over:
             self._finish_objective()
         self.epoch_figures = {
             "train/loss": float(torch.stack(losses).mean()),
@@ -175,7 +185,12 @@ class _Trainer:
         # Dropout and stochastic depth draw from torch's own generator: seeding it by step makes them resumable.
         torch.manual_seed(int(np.random.SeedSequence([self.run.seed, epoch, self.step]).generate_state(1)[0]))
         self.optimizer.set_factor(self._factor(self.step))
-        self._count(images)
+        weights = self.feed.weights(epoch, self.step - epoch * self.batches_per_epoch)
+        if weights is not None:
+            targets = weighted(targets, weights, len(self.model.spec.labels), settings.label_smoothing)
+        images = self.thinning.prepare(images, self._share(self.step))
+        with self._autocast():
+            self.meter.count(images, self.thinning.layer_tokens, self.run.device)
         self.optimizer.zero_grad()
         total = torch.zeros((), device=self.run.device)
         for part, answers in zip(
@@ -188,6 +203,9 @@ class _Trainer:
             loss = loss / len(images)
             self.scaler.scale(loss).backward()
             total += loss.detach()
+        if self.run.device.type == "cpu" and not bool(torch.isfinite(total)):
+            # Before the update, which makes every weight like it. A GPU would have to be waited for at each step.
+            self._require_finite([total], images, self.step + 1)
         if self.scaler.is_enabled():
             for optimizer in self.optimizer.optimizers:
                 self.scaler.unscale_(optimizer)
@@ -202,25 +220,25 @@ class _Trainer:
         else:
             self.optimizer.step()
         self.step += 1
-        self.objective.after_step(self.module, self.step, self.total_steps)
+        self.objective.after_step(self.module, self.step, max(self.step, self._steps()))
         if self.average:
             self.average.update(self.module, self.step)
-            self.objective.after_step(self.average.module, self.step, self.total_steps)
+            self.objective.after_step(self.average.module, self.step, max(self.step, self._steps()))
         return total
 
     def _validate(self, epoch: int) -> bool:
         """Validate, log and keep what is due after `epoch`; whether training should stop."""
         settings = self.settings
-        budget = self.budget
+        budget = self.deadline.budget if self.deadline else None
         is_last = epoch + 1 == settings.epochs if budget is None else budget.is_over
         is_due = (epoch + 1) % settings.validate_every == 0
         if budget is not None and is_due:
-            is_due = budget.affords_evaluation(self.compute.evaluation_seconds)
+            is_due = budget.affords_evaluation(self.meter.compute.evaluation_seconds)
         if is_last or is_due:
             module = self.average.module if self.average else self.module
             started = time.monotonic()
             figures = evaluate(module, self.val_split, self.model.spec.input, self._autocast())
-            self.compute.evaluation_seconds += time.monotonic() - started
+            self.meter.compute.evaluation_seconds += time.monotonic() - started
             self.epoch_figures |= {"val/accuracy": figures["accuracy"], "val/loss": figures["loss"]}
             if figures["accuracy"] > self.best_accuracy:
                 self.best_accuracy, self.best_epoch = figures["accuracy"], epoch
@@ -251,94 +269,66 @@ class _Trainer:
             budget.resume_steps()
         return self.finished
 
-    def _begin_budget(self) -> None:
-        """Time evaluation and saving, keep that much free, and start the clock.
-
-        Raises:
-            TrainingError: the budget is too short to train and evaluate.
-        """
-        assert self.settings.budget is not None
-        self.budget = Budget(
-            self.settings.budget, self.run.clock, spent=self.compute.seconds, begun=self.begun
+    def _start_clock(self) -> None:
+        """Time what the end of the budget is kept free for, and begin."""
+        settings, run = self.settings, self.run
+        assert settings.budget is not None
+        budget = Budget(
+            settings.budget,
+            run.clock or Clock(self.started),
+            spent=self.meter.compute.seconds,
+            begun=self.begun,
         )
         started = time.monotonic()
-        if self.run.folder:
+        if run.folder:
             self._save_state()
-        # The state, the best and the last weights: at the end all three are written.
-        self.saving = 3 * (time.monotonic() - started)
-        reserve = self._reserve()
-        per_image = reserve.evaluation / self._images_to_score()
-        self.budget.begin(reserve, (1 + BACKWARD) * per_image * self.settings.batch_size)
+        module, spec = self.average.module if self.average else self.module, self.model.spec.input
+        self.deadline = Deadline(
+            budget,
+            run,
+            lambda: evaluation_seconds(module, self.val_split, spec, self._autocast()),
+            len(self.val_split),
+            # The state, the best and the last weights: at the end all three are written.
+            saving=3 * (time.monotonic() - started),
+            batch_size=settings.batch_size,
+            epoch_images=len(self.train_split),
+            step=self.step,
+        )
 
-    def _reserve(self) -> Reserve:
-        """What the end of the budget is kept free for, as timed now."""
-        module = self.average.module if self.average else self.module
-        per_image = evaluation_seconds(module, self.val_split, self.model.spec.input, self._autocast())
-        afterwards = 0.0 if self.run.clock is None else self.run.clock.seconds
-        return Reserve(per_image * self._images_to_score(), self.saving, afterwards)
+    def _steps(self) -> int:
+        """Of the whole run; under a budget as many as it looks like now."""
+        return self.total_steps if self.deadline is None else self.deadline.total_steps
 
-    def _images_to_score(self) -> int:
-        return len(self.val_split) + (0 if self.run.clock is None else self.run.clock.images)
+    def _share(self, step: int) -> float:
+        """Of the run, what is over before `step`."""
+        if self.deadline is None:
+            return step / self.total_steps
+        return self.deadline.share(step, self.step)
 
-    def _after_budgeted_step(self, budget: Budget) -> bool:
-        """Keep time; whether the budget is over."""
-        if self.run.device.type == "cuda":
-            if self.step % _SYNCHRONIZE_EVERY:
-                return False
-            torch.cuda.synchronize(self.run.device)
-        budget.after_steps(_SYNCHRONIZE_EVERY if self.run.device.type == "cuda" else 1)
-        if budget.share >= _TIMED_AGAIN_AT and not self.is_timed_again:
-            self.is_timed_again = True
-            budget.adjust(self._reserve())
-            budget.resume_steps()
-        was_planned, self.total_steps = self.is_planned, self.step + budget.remaining_steps()
-        if budget.is_measured and not was_planned:
-            self.is_planned = True
-            plan = budget.plan(self.total_steps, self.settings.batch_size, len(self.train_split))
-            self.run.progress.message(plan)
-        return budget.is_over
+    def _bar(self) -> Iterator[Any]:
+        """What moves the progress bar on, with each `next`."""
+        if self.deadline is not None:
+            return self.deadline.bar()
+        left = range(self.step, self.total_steps)
+        return iter(self.run.progress.track(left, "training", total=len(left)))
 
     def _finish_objective(self) -> None:
         """What follows the course of training, such as a growing share of zeros, arrives where it was going to."""
         for module in (self.module, *([self.average.module] if self.average else [])):
             self.objective.after_step(module, self.step, self.step)
 
-    def _bar(self) -> Iterator[float]:
-        """Steps that are left, or under a budget percents of the time: a bar that moves on with each `next`."""
-        track = self.run.progress.track
-        if self.budget is None:
-            left = range(self.step, self.total_steps)
-            return iter(track(left, "training", total=len(left)))
-        return self._follow(iter(track(range(100), "training, % of the budget", total=100)), self.budget)
-
-    def _follow(self, bar: Iterator[int], budget: Budget) -> Iterator[float]:
-        percent = 0
-        while True:
-            for percent in range(percent + 1, int(100 * budget.share) + 1):
-                next(bar, None)
-            yield budget.share
-
     def _seconds(self) -> float:
-        if self.budget is not None:
-            return self.budget.elapsed
-        return self.compute.seconds + time.monotonic() - self.started
+        if self.deadline is not None:
+            return self.deadline.budget.elapsed
+        return self.meter.compute.seconds + time.monotonic() - self.started
 
     def _consumed(self) -> dict[str, float]:
         """What the run has consumed so far."""
-        compute = replace(self.compute, steps=self.step, seconds=self._seconds())
+        compute = replace(self.meter.compute, steps=self.step, seconds=self._seconds())
         return compute.figures(len(self.train_split))
 
-    def _count(self, images: torch.Tensor) -> None:
-        """Add a batch to what was seen."""
-        size = tuple(images.shape[1:])
-        if size not in self.flops:
-            few = images[:2].to(self.run.device)
-            with self._autocast():
-                self.flops[size] = (1 + BACKWARD) * forward_flops(self.module, few) / len(few)
-        self.compute.samples += len(images)
-        self.compute.flops += self.flops[size] * len(images)
-
     def _kept(self) -> Model:
+        self.thinning.remove()
         if self.settings.keep == "best" and self.best_weights:
             self.module.load_state_dict(self.best_weights)
         elif self.average:
@@ -365,8 +355,8 @@ class _Trainer:
                 "extra": self.extra.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(),
-                "compute": asdict(replace(self.compute, seconds=self._seconds())),
-                "begun": None if self.budget is None else self.budget.begun,
+                "compute": asdict(replace(self.meter.compute, seconds=self._seconds())),
+                "begun": self.begun if self.deadline is None else self.deadline.budget.begun,
             },
         )
         self.last_saved = time.monotonic()
@@ -392,7 +382,7 @@ class _Trainer:
         self.step, self.finished = state["step"], state["finished"]
         self.best_accuracy, self.best_epoch = state["best_accuracy"], state["best_epoch"]
         self.best_weights = state["best_weights"]
-        self.compute = Compute(**state.get("compute", {}))
+        self.meter.compute = Compute(**state.get("compute", {}))
         self.begun = state.get("begun")
         self.run.log.rewind(self.step)
         self.run.progress.message(f"resumed at step {self.step} of {self.total_steps}")
@@ -414,19 +404,32 @@ class _Trainer:
         }
 
     def _factor(self, step: float) -> float:
-        if self.budget is not None:
-            step = self.budget.share * self.total_steps
-            warmup = round(self.settings.warmup_epochs / self.settings.epochs * self.total_steps)
+        total = self._steps()
+        if self.deadline is not None:
+            step = self.deadline.budget.share * total
+            warmup = round(self.settings.warmup_epochs / self.settings.epochs * total)
         else:
             warmup = round(self.settings.warmup_epochs * self.batches_per_epoch)
-        return learning_rate_factor(self.settings.schedule, step, self.total_steps, warmup)
+            if self.layer_tokens is not None:
+                step = total * float(self.layer_tokens[int(step)])
+        return learning_rate_factor(self.settings.schedule, step, total, warmup)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.precision == torch.float32:
             return nullcontext()
         return torch.autocast(self.run.device.type, self.precision)
 
-    def _require_finite(self, loss: torch.Tensor) -> None:
+    def _require_finite(
+        self, losses: list[torch.Tensor], images: torch.Tensor, step: int | None = None
+    ) -> None:
         # Loss scaling makes gradients overflow by design, and skips those steps.
         module = nn.Module() if self.scaler.is_enabled() else self.module
-        require_finite(loss, module, step=self.step, learning_rate=self.settings.peak_learning_rate)
+        path = self.run.folder / "state.safetensors" if self.run.folder else None
+        require_finite(
+            losses,
+            module,
+            step=self.step if step is None else step,
+            learning_rate=self.settings.peak_learning_rate,
+            images=images.to(self.run.device),
+            kept=f"; the last good state is {path}" if path is not None and path.is_file() else "",
+        )

@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from cveff.errors import CheckpointError
-from cveff.files import atomic_path
+from cveff.files import write_tensors
 
 STATE_VERSION = 1
 _TENSOR = "__tensor__"
@@ -26,12 +25,11 @@ def save_state(path: Path, state: Mapping[str, Any]) -> None:
     """Write nested dicts and lists of tensors and JSON values, atomically.
 
     Raises:
-        CveffError: the file cannot be written.
+        CveffError: the file cannot be written, or the disk is full; an earlier state is left as it was.
     """
     tensors: dict[str, torch.Tensor] = {}
     tree = _flatten(state, "state", tensors)
-    with atomic_path(path) as temporary:
-        save_file(tensors, str(temporary), metadata={"version": str(STATE_VERSION), "tree": json.dumps(tree)})
+    write_tensors(path, tensors, {"version": str(STATE_VERSION), "tree": json.dumps(tree)})
 
 
 def load_state(path: Path) -> dict[str, Any]:

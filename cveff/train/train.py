@@ -10,7 +10,13 @@ from cveff.errors import TrainingError
 from cveff.model import Model
 from cveff.steps import Run
 from cveff.train.budget import parse_duration
+from cveff.train.curriculum import Curriculum
+from cveff.train.feed import Difficulty
+from cveff.train.importance import Importance
 from cveff.train.loop import fit
+from cveff.train.resolution import Resolution
+from cveff.train.selection import Selection
+from cveff.train.token_drop import TokenDrop
 
 DEFAULT_LEARNING_RATE = {"sgd": 0.1, "adamw": 1e-3, "muon": 0.02}
 
@@ -45,6 +51,12 @@ class Train:
         num_workers: processes that decode images of a streamed set.
         checkpoint_minutes: also keep the state within an epoch, this often.
         augmentation: what happens to training images.
+        difficulty: how difficulties are measured, for the next three.
+        curriculum: draw easy images first.
+        selection: train on a part of the images only.
+        importance: draw images from which more is to be learned more often.
+        resolution: train on smaller images first.
+        token_drop: let the blocks of a vision transformer see a part of the tokens (random-LTD).
 
     Raises:
         TrainingError: at construction, for a value out of range or settings that contradict each other.
@@ -70,6 +82,12 @@ class Train:
     checkpoint_minutes: float = 5.0
     augmentation: Augmentation = field(default_factory=Augmentation)
     budget: str | None = None
+    difficulty: Difficulty = field(default_factory=Difficulty)
+    curriculum: Curriculum | None = None
+    selection: Selection | None = None
+    importance: Importance | None = None
+    resolution: Resolution | None = None
+    token_drop: TokenDrop | None = None
 
     kind: ClassVar[str] = "train"
     requires: ClassVar[tuple[str, ...]] = ("data",)
@@ -103,6 +121,10 @@ class Train:
             parse_duration(self.budget)
             self._check("patience", self.patience == 0, "0 with a budget, which says itself when to stop")
             self._check("epochs", self.epochs > 0, "1 or more with a budget")
+        self._check_together("curriculum", "importance", "both say which images are drawn")
+        self._check_together("resolution", "token_drop", "both change the number of tokens")
+        if self.importance is not None and self.augmentation.mixes:
+            raise TrainingError("train.importance weighs single images; turn mixup and cutmix off")
         if self.batch_size % self.accumulation:
             raise TrainingError(
                 f"train.accumulation {self.accumulation} does not divide train.batch_size {self.batch_size}; "
@@ -125,6 +147,10 @@ class Train:
     def peak_learning_rate(self) -> float:
         """`learning_rate`, or the optimizer's default."""
         return DEFAULT_LEARNING_RATE[self.optimizer] if self.learning_rate is None else self.learning_rate
+
+    def _check_together(self, first: str, second: str, reason: str) -> None:
+        if getattr(self, first) is not None and getattr(self, second) is not None:
+            raise TrainingError(f"train.{first} and train.{second}: {reason}; leave one out")
 
     def _check(self, name: str, holds: bool, wanted: str) -> None:
         if not holds:

@@ -1,4 +1,4 @@
-"""Laws of a budget: it ends on time whatever the machine does, the schedule ends with it, and it says what it bought."""
+"""Laws of a budget: it ends on time, the schedule ends with it, and it says what it bought."""
 
 from __future__ import annotations
 
@@ -189,7 +189,7 @@ def test_resuming_a_finished_budget_trains_no_more(digits: Data, tmp_path: Path)
 
 
 def test_too_short_to_evaluate_is_refused_before_training(digits: Data) -> None:
-    with pytest.raises(TrainingError, match="too short.*the least that would do"):
+    with pytest.raises(TrainingError, match=r"too short.*the least that would do"):
         cveff.apply(tiny(digits), replace(SETTINGS, budget="0.001s"), data=digits)
 
 

@@ -1,0 +1,94 @@
+"""A budget as the loop meets it: evaluation is timed and kept free for, the plan is said, the length of the run follows
+the machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+from cveff.steps import Run
+from cveff.train.budget import Budget, Reserve
+from cveff.train.compute import BACKWARD
+
+_TIMED_AGAIN_AT = 0.8  # share of the time for training
+_SYNCHRONIZE_EVERY = 8  # steps on a GPU: doing it at every step would leave it idle in between
+
+
+class Deadline:
+    """The end of one run's training.
+
+    Args:
+        budget: its clock.
+        run: whose clock, device and progress are used.
+        seconds_an_image: times an evaluation, see `evaluation_seconds`.
+        images: of the validation split.
+        saving: seconds that writing the run's files takes at the end.
+        batch_size, epoch_images: for the plan.
+        step: where the run is.
+
+    Attributes:
+        total_steps: that the run will have done in the end, at the present speed.
+
+    Raises:
+        TrainingError: the budget is too short.
+    """
+
+    def __init__(
+        self,
+        budget: Budget,
+        run: Run,
+        seconds_an_image: Callable[[], float],
+        images: int,
+        *,
+        saving: float,
+        batch_size: int,
+        epoch_images: int,
+        step: int,
+    ) -> None:
+        self.budget = budget
+        self._run, self._seconds_an_image, self._saving = run, seconds_an_image, saving
+        self._images = images + (0 if run.clock is None else run.clock.images)
+        self._batch_size, self._epoch_images = batch_size, epoch_images
+        self._is_planned = self._is_timed_again = False
+        reserve = self._reserve()
+        budget.begin(reserve, (1 + BACKWARD) * reserve.evaluation / self._images * batch_size)
+        self.total_steps = step + budget.remaining_steps()
+
+    def after_step(self, step: int) -> bool:
+        """Keep time after optimizer step `step` (from 1); whether the budget is over."""
+        budget, count = self.budget, 1
+        if self._run.device.type == "cuda":
+            count = _SYNCHRONIZE_EVERY
+            if step % count:
+                return False
+            torch.cuda.synchronize(self._run.device)
+        budget.after_steps(count)
+        if budget.share >= _TIMED_AGAIN_AT and not self._is_timed_again:
+            self._is_timed_again = True
+            budget.adjust(self._reserve())
+            budget.resume_steps()
+        self.total_steps = step + budget.remaining_steps()
+        if budget.is_measured and not self._is_planned:
+            self._is_planned = True
+            self._run.progress.message(budget.plan(self.total_steps, self._batch_size, self._epoch_images))
+        return budget.is_over
+
+    def share(self, step: int, now: int) -> float:
+        """Of the run, what will be over before `step`, when it is at step `now`."""
+        share, left = self.budget.share, max(1, self.total_steps - now)
+        return min(1.0, share + (1 - share) * (step - now) / left)
+
+    def bar(self) -> Iterator[float]:
+        """Percents of the budget: a bar that follows the clock with each `next`."""
+        bar, shown = iter(self._run.progress.track(range(100), "training, % of the budget", total=100)), 0
+        while True:
+            while shown <= int(100 * self.budget.share):
+                next(bar, None)
+                shown += 1
+            yield self.budget.share
+
+    def _reserve(self) -> Reserve:
+        """What the end is kept free for, as timed now."""
+        afterwards = 0.0 if self._run.clock is None else self._run.clock.seconds
+        return Reserve(self._seconds_an_image() * self._images, self._saving, afterwards)
