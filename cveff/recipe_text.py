@@ -88,6 +88,10 @@ def _table(settings: type, values: Mapping[str, Any], path: tuple[str, ...]) -> 
         name = ".".join((*path, item.name))
         if item.name in inner:
             given = values.get(item.name)
+            if given is None and default_of(item) is None:  # a table that changes something by being there
+                yield ""
+                yield f"# [{name}]  # {_summary(inner[item.name])}"
+                continue
             yield ""
             yield from textwrap.wrap(
                 texts.get(item.name, ""), _WIDTH, initial_indent="# ", subsequent_indent="# "

@@ -26,7 +26,7 @@ from cveff.recipe import (
     with_overrides,
 )
 from cveff.recipe_text import commented, to_toml, write_new
-from cveff.schema import descriptions
+from cveff.schema import descriptions, nested
 from cveff.train import Train
 
 BASE = {"data": {"source": "digits"}, "train": {}}
@@ -191,7 +191,7 @@ def test_the_commented_recipe_comments_every_key_truly() -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [Recipe, ModelSettings, DataSettings, DeploySettings, Train, Augmentation]
+    "settings", [Recipe, ModelSettings, DataSettings, DeploySettings, Train, *nested(Train).values()]
 )
 def test_every_setting_is_described(settings: type) -> None:
     missing = {item.name for item in dataclasses.fields(settings)} - descriptions(settings).keys()

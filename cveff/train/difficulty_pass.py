@@ -26,6 +26,8 @@ from cveff.train.difficulty import BY_PROXY, Scorer, require_metric
 PART = 2048
 """Images of a part."""
 
+Range = tuple[int, int]
+
 _VERSION = 1
 _DIGEST_BYTES = 12
 
@@ -123,36 +125,34 @@ def _measured(
     if path.is_file():
         return _checked(path, identity, len(scorer.split))
     parts = path.with_suffix(".parts")
-    begins = range(0, len(scorer.split), PART)
-    missing = [begin for begin in begins if not _part(parts, begin).is_file()]
-    if len(missing) < len(begins):
+    ranges = [(begin, min(begin + PART, len(scorer.split))) for begin in range(0, len(scorer.split), PART)]
+    missing = [item for item in ranges if not _part(parts, item).is_file()]
+    if len(missing) < len(ranges):
         progress.message(
-            f"{scorer.metric}: going on after {len(begins) - len(missing)} of {len(begins)} parts"
+            f"{scorer.metric}: going on after {len(ranges) - len(missing)} of {len(ranges)} parts"
         )
     if processes == 1 or len(missing) < 2:
-        for begin in progress.track(missing, f"measuring {scorer.metric}", len(missing)):
-            _measure_part(scorer, identity, parts, begin)
+        for item in progress.track(missing, f"measuring {scorer.metric}", len(missing)):
+            _measure_part(scorer, identity, parts, item)
     else:
         _in_parallel(scorer, identity, parts, missing, min(processes, len(missing)))
-    values = np.concatenate(
-        [_checked(_part(parts, begin), identity, min(PART, len(scorer.split) - begin)) for begin in begins]
-    )
+    values = np.concatenate([_checked(_part(parts, item), identity, item[1] - item[0]) for item in ranges])
     write_tensors(path, {"difficulty": torch.from_numpy(values)}, identity)
     shutil.rmtree(parts)
     return values
 
 
-def _part(parts: Path, begin: int) -> Path:
-    return parts / f"{begin:09d}.safetensors"
+def _part(parts: Path, item: Range) -> Path:
+    return parts / f"{item[0]:09d}-{item[1]:09d}.safetensors"
 
 
-def _measure_part(scorer: Scorer, identity: dict[str, str], parts: Path, begin: int) -> None:
-    indices = np.arange(begin, min(begin + PART, len(scorer.split)))
-    write_tensors(_part(parts, begin), {"difficulty": torch.from_numpy(scorer(indices))}, identity)
+def _measure_part(scorer: Scorer, identity: dict[str, str], parts: Path, item: Range) -> None:
+    indices = np.arange(*item)
+    write_tensors(_part(parts, item), {"difficulty": torch.from_numpy(scorer(indices))}, identity)
 
 
 def _in_parallel(
-    scorer: Scorer, identity: dict[str, str], parts: Path, missing: list[int], processes: int
+    scorer: Scorer, identity: dict[str, str], parts: Path, missing: list[Range], processes: int
 ) -> None:
     # Forked processes would inherit torch's thread pools in an unusable state.
     context = multiprocessing.get_context("spawn")
@@ -178,12 +178,12 @@ def _in_parallel(
         )
 
 
-def _work(scorer: Scorer, identity: dict[str, str], parts: Path, begins: list[int], threads: int) -> None:
+def _work(scorer: Scorer, identity: dict[str, str], parts: Path, items: list[Range], threads: int) -> None:
     torch.set_num_threads(threads)
-    for begin in begins:
+    for item in items:
         if os.getppid() == 1:  # whoever wanted the result is gone
             return
-        _measure_part(scorer, identity, parts, begin)
+        _measure_part(scorer, identity, parts, item)
 
 
 def _read(path: Path) -> tuple[np.ndarray, dict[str, str]]:
