@@ -236,13 +236,13 @@ def default_training(source: str, epochs: int | None = None, has_weights: bool =
 
 
 def with_epochs(train: Train, epochs: int) -> Train:
-    """`train` made longer or shorter, with the warm-up in proportion.
+    """`train` made longer or shorter, with the warm-up in proportion and without a budget.
 
     Raises:
         TrainingError: `epochs` is negative.
     """
     warmup = train.warmup_epochs * epochs / train.epochs if train.epochs else 0.0
-    return dataclasses.replace(train, epochs=epochs, warmup_epochs=max(warmup, 0.0))
+    return dataclasses.replace(train, epochs=epochs, warmup_epochs=max(warmup, 0.0), budget=None)
 
 
 def with_budget(train: Train, budget: str) -> Train:

@@ -41,6 +41,8 @@ SCRIPTS = (
     "weight_only",
     "quantize_peers",
     "repairs",
+    "budget",
+    "data_efficiency",
 )
 HELPERS = (
     "architectures",

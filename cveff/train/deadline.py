@@ -10,6 +10,7 @@ import torch
 from cveff.steps import Run
 from cveff.train.budget import Budget, Reserve
 from cveff.train.compute import BACKWARD
+from cveff.train.schedule import learning_rate_factor
 
 _TIMED_AGAIN_AT = 0.8  # share of the time for training
 _SYNCHRONIZE_EVERY = 8  # steps on a GPU: doing it at every step would leave it idle in between
@@ -26,6 +27,7 @@ class Deadline:
         saving: seconds that writing the run's files takes at the end.
         batch_size, epoch_images: for the plan.
         step: where the run is.
+        warmup_share: of the steps, for schedules that have a warm-up.
 
     Attributes:
         total_steps: that the run will have done in the end, at the present speed.
@@ -45,6 +47,7 @@ class Deadline:
         batch_size: int,
         epoch_images: int,
         step: int,
+        warmup_share: float,
     ) -> None:
         self.budget = budget
         self._run, self._seconds_an_image, self._saving = run, seconds_an_image, saving
@@ -54,10 +57,11 @@ class Deadline:
         reserve = self._reserve()
         budget.begin(reserve, (1 + BACKWARD) * reserve.evaluation / self._images * batch_size)
         self.total_steps = step + budget.remaining_steps()
+        self._step, self._warmup_share = step, warmup_share
 
     def after_step(self, step: int) -> bool:
-        """Keep time after optimizer step `step` (from 1); whether the budget is over."""
-        budget, count = self.budget, 1
+        """Keep time; whether the budget is over."""
+        budget, count, self._step = self.budget, 1, step
         if self._run.device.type == "cuda":
             count = _SYNCHRONIZE_EVERY
             if step % count:
@@ -74,12 +78,19 @@ class Deadline:
             self._run.progress.message(budget.plan(self.total_steps, self._batch_size, self._epoch_images))
         return budget.is_over
 
-    def share(self, step: int, now: int) -> float:
-        """Of the run, what will be over before `step`, when it is at step `now`."""
-        share, left = self.budget.share, max(1, self.total_steps - now)
-        return min(1.0, share + (1 - share) * (step - now) / left)
+    def share(self, step: int) -> float:
+        """Of the time for training, what has gone; before steps that lie ahead, what will have gone at this speed."""
+        share, left = self.budget.share, max(1, self.total_steps - self._step)
+        return min(1.0, share + (1 - share) * max(0, step - self._step) / left)
 
-    def bar(self) -> Iterator[float]:
+    def factor(self, schedule: str, step: int) -> float:
+        """By the share of the time that has gone."""
+        total = self.total_steps
+        return learning_rate_factor(
+            schedule, self.budget.share * total, total, round(self._warmup_share * total)
+        )
+
+    def bar(self, step: int) -> Iterator[float]:
         """Percents of the budget: a bar that follows the clock with each `next`."""
         bar, shown = iter(self._run.progress.track(range(100), "training, % of the budget", total=100)), 0
         while True:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
@@ -21,6 +20,7 @@ from cveff.model import Model, save_weights
 from cveff.steps import Clock, Run
 from cveff.train.budget import Budget
 from cveff.train.compute import Compute, Meter
+from cveff.train.course import Course, Epochs
 from cveff.train.deadline import Deadline
 from cveff.train.ema import MovingAverage
 from cveff.train.evaluate import evaluate
@@ -30,8 +30,7 @@ from cveff.train.importance import weighted
 from cveff.train.objective import Constraint, CrossEntropy, Objective
 from cveff.train.optimizers import build_optimizer
 from cveff.train.precision import choose_precision
-from cveff.train.schedule import learning_rate_factor
-from cveff.train.state import differences, load_state, save_state
+from cveff.train.state import differences, identity, load_state, save_state
 from cveff.train.thinning import Thinning
 from cveff.train.timing import evaluation_seconds
 
@@ -113,13 +112,16 @@ class _Trainer:
         self.average = MovingAverage(self.module, settings.ema) if settings.ema else None
         self.scaler = torch.amp.GradScaler(run.device.type, enabled=self.precision == torch.float16)
         self.batches_per_epoch = self.train_split.num_training_batches(settings.batch_size)
-        self.total_steps = settings.epochs * self.batches_per_epoch
         self.step = 0
         self.deadline: Deadline | None = None
         self.begun: float | None = None
         self.meter = Meter(self.module)
         self.thinning = Thinning(model, settings, run.device)
-        self.layer_tokens = self.thinning.consumed_share(self.total_steps)
+        total_steps = settings.epochs * self.batches_per_epoch
+        warmup_steps = round(settings.warmup_epochs * self.batches_per_epoch)
+        self.course: Course = Epochs(
+            total_steps, warmup_steps, self.thinning.consumed_share(total_steps), run.progress
+        )
         self.best_accuracy, self.best_epoch = -1.0, -1
         self.best_weights: dict[str, torch.Tensor] = {}
         self.finished = False
@@ -131,7 +133,7 @@ class _Trainer:
         if not self.finished:
             if self.settings.budget is not None:
                 self._start_clock()
-            steps = self._bar()
+            steps = self.course.bar(self.step)
             for epoch in itertools.count(self.step // self.batches_per_epoch):
                 self._train_epoch(epoch, steps)
                 if self._validate(epoch):
@@ -152,7 +154,7 @@ class _Trainer:
             start=first,
             num_workers=settings.num_workers,
             chosen=self.feed.batches(
-                epoch, first, lambda batch: self._share(epoch * self.batches_per_epoch + batch)
+                epoch, first, lambda batch: self.course.share(epoch * self.batches_per_epoch + batch)
             ),
         )
         self.module.train()
@@ -168,14 +170,15 @@ class _Trainer:
             if self.run.folder and is_within_epoch and time.monotonic() - self.last_saved > limit:
                 self._require_finite(losses, images)  # a state of weights that are no numbers would be no use
                 self._save_state()
-            if self.deadline is not None and self.deadline.after_step(self.step):
+            if self.course.after_step(self.step):
                 break
         self._require_finite(losses, images)
         if self.deadline is not None and self.deadline.budget.is_over:
             self._finish_objective()
         self.epoch_figures = {
             "train/loss": float(torch.stack(losses).mean()),
-            "train/learning_rate": settings.peak_learning_rate * self._factor(self.step - 1),
+            "train/learning_rate": settings.peak_learning_rate
+            * self.course.factor(settings.schedule, self.step - 1),
             "train/images_per_second": len(losses) * settings.batch_size / (time.monotonic() - started),
         }
 
@@ -184,11 +187,11 @@ class _Trainer:
         settings = self.settings
         # Dropout and stochastic depth draw from torch's own generator: seeding it by step makes them resumable.
         torch.manual_seed(int(np.random.SeedSequence([self.run.seed, epoch, self.step]).generate_state(1)[0]))
-        self.optimizer.set_factor(self._factor(self.step))
+        self.optimizer.set_factor(self.course.factor(settings.schedule, self.step))
         weights = self.feed.weights(epoch, self.step - epoch * self.batches_per_epoch)
         if weights is not None:
             targets = weighted(targets, weights, len(self.model.spec.labels), settings.label_smoothing)
-        images = self.thinning.prepare(images, self._share(self.step))
+        images = self.thinning.prepare(images, self.course.share(self.step))
         with self._autocast():
             self.meter.count(images, self.thinning.layer_tokens, self.run.device)
         self.optimizer.zero_grad()
@@ -220,10 +223,10 @@ class _Trainer:
         else:
             self.optimizer.step()
         self.step += 1
-        self.objective.after_step(self.module, self.step, max(self.step, self._steps()))
+        self.objective.after_step(self.module, self.step, max(self.step, self.course.total_steps))
         if self.average:
             self.average.update(self.module, self.step)
-            self.objective.after_step(self.average.module, self.step, max(self.step, self._steps()))
+            self.objective.after_step(self.average.module, self.step, max(self.step, self.course.total_steps))
         return total
 
     def _validate(self, epoch: int) -> bool:
@@ -254,13 +257,14 @@ class _Trainer:
             )
         stop = bool(settings.patience) and epoch - self.best_epoch >= settings.patience
         self.finished = stop or is_last
-        self.epoch_figures |= {f"seen/{name}": value for name, value in self._consumed().items()}
+        consumed = self._compute().figures(len(self.train_split))
+        self.epoch_figures |= {f"seen/{name}": value for name, value in consumed.items()}
         self.run.log.write(self.step, {"epoch": epoch + 1, **self.epoch_figures})
         if self.run.folder:
             if self.finished:
                 self._save_model((self.average.module if self.average else self.module).state_dict(), "last")
             self._save_state()
-            write_json(self.run.folder / SUMMARY, self._consumed())
+            write_json(self.run.folder / SUMMARY, consumed)
         if stop and not is_last:
             self.run.progress.message(
                 f"stopped early: no better validation accuracy for {settings.patience} epochs"
@@ -283,7 +287,7 @@ class _Trainer:
         if run.folder:
             self._save_state()
         module, spec = self.average.module if self.average else self.module, self.model.spec.input
-        self.deadline = Deadline(
+        self.course = self.deadline = Deadline(
             budget,
             run,
             lambda: evaluation_seconds(module, self.val_split, spec, self._autocast()),
@@ -293,39 +297,20 @@ class _Trainer:
             batch_size=settings.batch_size,
             epoch_images=len(self.train_split),
             step=self.step,
+            warmup_share=settings.warmup_epochs / settings.epochs,
         )
-
-    def _steps(self) -> int:
-        """Of the whole run; under a budget as many as it looks like now."""
-        return self.total_steps if self.deadline is None else self.deadline.total_steps
-
-    def _share(self, step: int) -> float:
-        """Of the run, what is over before `step`."""
-        if self.deadline is None:
-            return step / self.total_steps
-        return self.deadline.share(step, self.step)
-
-    def _bar(self) -> Iterator[Any]:
-        """What moves the progress bar on, with each `next`."""
-        if self.deadline is not None:
-            return self.deadline.bar()
-        left = range(self.step, self.total_steps)
-        return iter(self.run.progress.track(left, "training", total=len(left)))
 
     def _finish_objective(self) -> None:
         """What follows the course of training, such as a growing share of zeros, arrives where it was going to."""
         for module in (self.module, *([self.average.module] if self.average else [])):
             self.objective.after_step(module, self.step, self.step)
 
-    def _seconds(self) -> float:
-        if self.deadline is not None:
-            return self.deadline.budget.elapsed
-        return self.meter.compute.seconds + time.monotonic() - self.started
-
-    def _consumed(self) -> dict[str, float]:
+    def _compute(self) -> Compute:
         """What the run has consumed so far."""
-        compute = replace(self.meter.compute, steps=self.step, seconds=self._seconds())
-        return compute.figures(len(self.train_split))
+        seconds = self.meter.compute.seconds + time.monotonic() - self.started
+        if self.deadline is not None:
+            seconds = self.deadline.budget.elapsed
+        return replace(self.meter.compute, steps=self.step, seconds=seconds)
 
     def _kept(self) -> Model:
         self.thinning.remove()
@@ -355,7 +340,7 @@ class _Trainer:
                 "extra": self.extra.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(),
-                "compute": asdict(replace(self.meter.compute, seconds=self._seconds())),
+                "compute": asdict(self._compute()),
                 "begun": self.begun if self.deadline is None else self.deadline.budget.begun,
             },
         )
@@ -385,34 +370,17 @@ class _Trainer:
         self.meter.compute = Compute(**state.get("compute", {}))
         self.begun = state.get("begun")
         self.run.log.rewind(self.step)
-        self.run.progress.message(f"resumed at step {self.step} of {self.total_steps}")
+        self.run.progress.message(f"resumed at step {self.step} of {self.course.total_steps}")
 
     def _identity(self) -> dict[str, Any]:
-        """What must be equal for a state to fit: the settings, the model, the data and the seed."""
-        settings = asdict(self.settings)
-        # These change how fast the work goes, not what comes out.
-        for name in ("num_workers", "checkpoint_minutes"):
-            settings.pop(name)
-        objective = dict(self.objective.identity())
-        return {
-            **({"objective": objective} if objective else {}),
-            "train": settings,
-            "precision": str(self.precision),
-            "model": self.model.spec.to_json(),
-            "images": len(self.train_split),
-            "seed": self.run.seed,
-        }
-
-    def _factor(self, step: float) -> float:
-        total = self._steps()
-        if self.deadline is not None:
-            step = self.deadline.budget.share * total
-            warmup = round(self.settings.warmup_epochs / self.settings.epochs * total)
-        else:
-            warmup = round(self.settings.warmup_epochs * self.batches_per_epoch)
-            if self.layer_tokens is not None:
-                step = total * float(self.layer_tokens[int(step)])
-        return learning_rate_factor(self.settings.schedule, step, total, warmup)
+        return identity(
+            asdict(self.settings),
+            dict(self.objective.identity()),
+            precision=str(self.precision),
+            model=self.model.spec.to_json(),
+            images=len(self.train_split),
+            seed=self.run.seed,
+        )
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.precision == torch.float32:

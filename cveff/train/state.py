@@ -55,6 +55,13 @@ def load_state(path: Path) -> dict[str, Any]:
     return state
 
 
+def identity(settings: Mapping[str, Any], objective: Mapping[str, Any], **others: Any) -> dict[str, Any]:
+    """What must be equal for a state to fit a run: the settings, the model, the data and the seed."""
+    # These change how fast the work goes, not what comes out.
+    kept = {key: value for key, value in settings.items() if key not in ("num_workers", "checkpoint_minutes")}
+    return {**({"objective": dict(objective)} if objective else {}), "train": kept, **others}
+
+
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> str:
     """The first few keys that differ between two nested settings, as "train.epochs: 5 then, 6 now"; "" if none."""
     found = []

@@ -15,7 +15,7 @@ from cveff.data import Augmentation, Data
 from cveff.data import load as load_data
 from cveff.errors import RecipeError, TrainingError
 from cveff.pipeline import run
-from cveff.recipe import parse_recipe, recipe_for, with_budget
+from cveff.recipe import parse_recipe, recipe_for, with_budget, with_epochs
 from cveff.steps import Clock
 from cveff.train import Train
 from cveff.train.budget import EVALUATION_SHARE, Budget, Reserve, duration, parse_duration
@@ -211,6 +211,7 @@ def test_budget_and_epochs_contradict_each_other() -> None:
 
 def test_any_training_can_be_given_a_budget() -> None:
     assert with_budget(Train(patience=3), "1m") == Train(budget="1m")
+    assert with_epochs(Train(budget="1m"), 30) == Train()
     with pytest.raises(TrainingError, match=r"train\.patience"):
         Train(budget="1m", patience=3)
     with pytest.raises(TrainingError, match=r"train\.epochs"):
