@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from cveff.errors import MissingDependencyError
 from cveff.files import write_text
+from cveff.runtime.files import writable
 
 
 class Log(Protocol):
@@ -54,8 +55,12 @@ class FileLog:
             self._writer = _tensorboard_writer(self._folder, None)
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:
-        """Append one line; it is on disk when this returns."""
-        with self.path.open("a", encoding="utf-8") as handle:
+        """Append one line; it is on disk when this returns.
+
+        Raises:
+            CveffError: the file cannot be written, or the disk is full.
+        """
+        with writable(self.path), self.path.open("a", encoding="utf-8") as handle:
             handle.write(json.dumps({"step": step, **figures}) + "\n")
         if self._writer is not None:
             for name, value in figures.items():

@@ -19,7 +19,9 @@ _DRAW = 33
 
 @dataclass(frozen=True)
 class Importance:
-    """How often images are drawn: p = (1 - uniform) · difficulty / sum + uniform / N, with replacement.
+    """Draw images from which more is to be learned more often.
+
+    With replacement, by p = (1 - uniform) · difficulty / sum + uniform / N.
 
     Attributes:
         metric: what difficulty is (`cveff.train.difficulty`); "el2n" is close to the norm of an image's gradient.

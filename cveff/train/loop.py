@@ -308,8 +308,7 @@ class _Trainer:
     def _compute(self) -> Compute:
         """What the run has consumed so far."""
         seconds = self.meter.compute.seconds + time.monotonic() - self.started
-        if self.deadline is not None:
-            seconds = self.deadline.budget.elapsed
+        seconds = seconds if self.deadline is None else self.deadline.budget.elapsed
         return replace(self.meter.compute, steps=self.step, seconds=seconds)
 
     def _kept(self) -> Model:

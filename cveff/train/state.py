@@ -59,6 +59,11 @@ def identity(settings: Mapping[str, Any], objective: Mapping[str, Any], **others
     """What must be equal for a state to fit a run: the settings, the model, the data and the seed."""
     # These change how fast the work goes, not what comes out.
     kept = {key: value for key, value in settings.items() if key not in ("num_workers", "checkpoint_minutes")}
+    kept["difficulty"] = {
+        key: str(value) if isinstance(value, Path) else value
+        for key, value in settings["difficulty"].items()
+        if key != "processes"
+    }
     return {**({"objective": dict(objective)} if objective else {}), "train": kept, **others}
 
 

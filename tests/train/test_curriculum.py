@@ -156,6 +156,10 @@ def test_a_saved_proxy_says_what_is_difficult(digits: Data, tmp_path: Path) -> N
         assert np.array_equal(
             feed.split.images, digits.train.subset(Selection().chosen(loss, digits.train.targets)).images
         )
+    once = cveff.apply(tiny(digits), settings, data=digits, folder=tmp_path / "kept")
+    assert equal(
+        once, cveff.apply(tiny(digits, seed=9), settings, data=digits, folder=tmp_path / "kept", resume=True)
+    )
     torch.manual_seed(0)
     other = cveff.create("small_resnet_s", num_classes=3, input=SPEC, widths=[4], depths=[1])
     cveff.save(other, tmp_path / "other")

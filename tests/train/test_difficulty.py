@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -118,39 +116,26 @@ def test_two_processes_measure_what_one_does(
     assert np.array_equal(one, two)
 
 
-KILLED = """
-import sys, time
-import numpy as np
-sys.path.insert(0, {tests!r})
-import test_difficulty as t
-from cveff.train import difficulty_pass
-from cveff.train.difficulty import Scorer
-difficulty_pass.PART = 20
-whole = Scorer.__call__
-def slow(self, indices):
-    time.sleep(0.2)
-    return whole(self, indices)
-Scorer.__call__ = slow
-split = t.load_data("digits", seed=0).train.subset(np.arange(300))
-difficulty_pass.measure_difficulty(split, "jpeg", t.SPEC, folder=sys.argv[1])
-"""
-
-
 def test_a_killed_pass_goes_on_where_it_was(
     split: MemorySplit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    script = KILLED.format(tests=str(Path(__file__).parent))
-    environment = {**os.environ, "PYTHONPATH": str(Path(cveff.__file__).parents[1])}
-    process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], env=environment)
-    while process.poll() is None and len(list(tmp_path.glob("*.parts/0*"))) < 3:
+    score = Scorer.__call__
+    monkeypatch.setattr(difficulty_pass, "PART", 20)
+    child = os.fork()
+    if child == 0:
+        # Slowly, so that there is time to kill it.
+        monkeypatch.setattr(
+            Scorer, "__call__", lambda self, indices: (time.sleep(0.2), score(self, indices))[1]
+        )
+        measure_difficulty(split, "jpeg", SPEC, folder=tmp_path)
+        os._exit(0)
+    while len(list(tmp_path.glob("*.parts/0*"))) < 3:
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    os.kill(child, signal.SIGKILL)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     done = sorted(tmp_path.glob("*.parts/0*"))
     assert 3 <= len(done) < 15
-    monkeypatch.setattr(difficulty_pass, "PART", 20)
     measured: list[int] = []
-    score = Scorer.__call__
     monkeypatch.setattr(
         Scorer, "__call__", lambda self, indices: (measured.append(int(indices[0])), score(self, indices))[1]
     )

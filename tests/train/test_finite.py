@@ -18,6 +18,7 @@ import cveff
 from cveff.data import Augmentation, Data
 from cveff.data import load as load_data
 from cveff.errors import CveffError, TrainingError
+from cveff.log import FileLog
 from cveff.train import Train
 from cveff.train.finite import require_finite
 from cveff.train.state import load_state
@@ -118,3 +119,12 @@ def test_a_full_disk_leaves_the_last_good_state(
     resumed = cveff.apply(tiny(digits), settings, data=digits, folder=tmp_path, resume=True)
     for name, value in whole.module.state_dict().items():
         assert torch.equal(value, resumed.module.state_dict()[name]), name
+
+
+def test_a_log_on_a_full_disk_says_so(tmp_path: Path) -> None:
+    full = Path("/dev/full")
+    if not full.exists():
+        pytest.skip("needs a device that is always full")
+    (tmp_path / "metrics.jsonl").symlink_to(full)
+    with pytest.raises(CveffError, match=r"cannot write .*metrics\.jsonl: No space left"):
+        FileLog(tmp_path).write(1, {"train/loss": 0.5})
