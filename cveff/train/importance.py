@@ -49,11 +49,9 @@ class ImportanceDraw:
 
     def __init__(self, settings: Importance, difficulty: np.ndarray) -> None:
         worth = difficulty.astype(np.float64) - min(0.0, float(difficulty.min()))
-        even = 1 / len(worth)
-        total = worth.sum()
-        self.probabilities = (1 - settings.uniform) * (
-            worth / total if total else even
-        ) + settings.uniform * even
+        total, even = float(worth.sum()), np.full(len(worth), 1 / len(worth))
+        by_worth = worth / total if total else even
+        self.probabilities = (1 - settings.uniform) * by_worth + settings.uniform * even
         self._ends = np.cumsum(self.probabilities)
 
     def draw(self, batch_size: int, *key: int) -> np.ndarray:
