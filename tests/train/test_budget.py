@@ -194,11 +194,11 @@ def test_too_short_to_evaluate_is_refused_before_training(digits: Data) -> None:
 
 
 def test_a_recipe_counts_from_the_commands_start_and_reports(tmp_path: Path) -> None:
-    recipe = recipe_for("digits", {"model.arguments": {"widths": [4], "depths": [1]}}, budget="3s")
-    assert recipe.train is not None and recipe.train.budget == "3s"
+    recipe = recipe_for("digits", {"model.arguments": {"widths": [4], "depths": [1]}}, budget="8s")
+    assert recipe.train is not None and recipe.train.budget == "8s"
     assert parse_recipe(recipe.to_json()) == recipe
     result = run(recipe, out=tmp_path / "run", bundle=False)
-    assert result.consumed["budget_seconds"] == 3
+    assert result.consumed["budget_seconds"] == 8
     # Everything up to the scored model lies in the budget: the training alone takes less.
     assert result.consumed["seconds"] < result.consumed["command_seconds"]
     assert result.to_json()["consumed"]["samples"] == result.consumed["samples"] > 0

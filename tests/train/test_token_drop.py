@@ -34,7 +34,7 @@ def vit(name: str = "vit_tiny_patch16_224", **arguments: object) -> nn.Module:
 def digits() -> Data:
     data = load_data("digits", seed=0)
     assert data.train is not None
-    return replace(data, train=data.train.subset(np.arange(320)), val=data.val.subset(np.arange(100)))
+    return replace(data, train=data.train.subset(np.arange(192)), val=data.val.subset(np.arange(64)))
 
 
 def model_for(data: Data) -> cveff.Model:
@@ -148,7 +148,7 @@ def test_training_drops_and_counts_what_it_saw(digits: Data, tmp_path: Path) -> 
     drop = TokenDrop(start=16, increment=16, until=1.0)
     trained = cveff.apply(model_for(digits), replace(SETTINGS, token_drop=drop), data=digits, folder=tmp_path)
     figures = json.loads((tmp_path / SUMMARY).read_text())
-    kept = [drop.kept(step / 10, 65) for step in range(10)]
+    kept = [drop.kept(step / 6, 65) for step in range(6)]
     assert figures["tokens"] == sum(64 * (2 * 65 + 2 * value) for value in kept)
     plain = tmp_path / "plain"
     cveff.apply(model_for(digits), SETTINGS, data=digits, folder=plain)
@@ -172,7 +172,7 @@ def test_a_run_that_drops_resumes_to_the_bit(digits: Data, tmp_path: Path) -> No
 
     class Killing:
         def write(self, step: int, figures: object) -> None:
-            if step > 5:
+            if step > 3:
                 raise KilledError
 
         def rewind(self, step: int) -> None:
