@@ -281,3 +281,57 @@ def test_perplexity_counts_every_token_but_a_windows_first(benchmark_module) -> 
 
     found = subject.perplexity(Uniform(), [torch.zeros(5, dtype=torch.long), torch.ones(3, dtype=torch.long)])
     assert found == {"perplexity": pytest.approx(7), "tokens": 6}
+
+
+def test_a_budget_passes_on_time_accurate_and_better_than_epochs(benchmark_module) -> None:
+    budget = benchmark_module("budget")
+
+    def cell(seconds: float, accuracy: float, fixed: float) -> dict:
+        consumed = {"epochs": 6.5, "evaluation_share": 0.02}
+        return {
+            "budget": {"seconds": seconds, "accuracy": accuracy, "consumed": consumed},
+            "fixed": {"seconds": 290.0, "accuracy": fixed, "consumed": consumed},
+        }
+
+    assert budget.summary("5m", [cell(303, 0.91, 0.90), cell(297, 0.91, 0.90)])["missed"] == []
+    assert budget.summary("5m", [cell(300, 0.91, 0.90), cell(307, 0.91, 0.90)])["missed"] == ["on time"]
+    assert budget.summary("5m", [cell(293, 0.90, 0.89)])["missed"] == ["on time", "accuracy"]
+    assert budget.summary("10m", [cell(600, 0.93, 0.94)])["missed"] == ["better than epochs of the same cost"]
+
+
+def test_a_selection_must_equal_all_images_and_beat_chance(benchmark_module) -> None:
+    subject = benchmark_module("data_efficiency")
+    names = list(subject.cells("samples", 8))
+
+    def found(**accuracy: float) -> dict:
+        return {
+            f"{name}, seed 0": {
+                "accuracy": accuracy.get(name.split(",")[0].replace(" ", "_"), 0.90),
+                "proxy_samples": 10,
+                "consumed": {
+                    "samples": 100 if name == "all images" else 75,
+                    "seconds": 11.0,
+                    "evaluation_seconds": 1.0,
+                },
+            }
+            for name in names
+        }
+
+    good = subject.summary("samples", names, found(el2n=0.93, all_images=0.93), [0])
+    assert good["winners"] == ["el2n, 75%", "el2n, 60%"] and good["missed"] == []
+    row = good["rows"]["el2n, 75%"]
+    assert (row["share"], row["share_with_proxy"], row["speed"]) == (0.75, 0.85, 0.75)
+    chance = subject.summary("samples", names, found(el2n=0.93, all_images=0.93, random=0.935), [0])
+    assert chance["winners"] == [] and len(chance["missed"]) == 1
+    tokens = {
+        f"{name}, seed 0": {
+            "accuracy": accuracy,
+            "proxy_samples": 0,
+            "consumed": {"samples": 100, "seconds": seconds, "evaluation_seconds": 0.0},
+        }
+        for name, accuracy, seconds in zip(
+            subject.cells("tokens", 8), (0.9, 0.898, 0.89), (13.0, 10.0, 10.0), strict=True
+        )
+    }
+    verdict = subject.summary("tokens", list(subject.cells("tokens", 8)), tokens, [0])
+    assert verdict["missed"] == [] and verdict["rows"]["dropped"]["speed"] == pytest.approx(1.3)
