@@ -173,8 +173,6 @@ class _Trainer:
             if self.course.after_step(self.step):
                 break
         self._require_finite(losses, images)
-        if self.deadline is not None and self.deadline.budget.is_over:
-            self._finish_objective()
         self.epoch_figures = {
             "train/loss": float(torch.stack(losses).mean()),
             "train/learning_rate": settings.peak_learning_rate
@@ -234,6 +232,8 @@ class _Trainer:
         settings = self.settings
         budget = self.deadline.budget if self.deadline else None
         is_last = epoch + 1 == settings.epochs if budget is None else budget.is_over
+        if budget is not None and is_last:
+            self._finish_objective()
         is_due = (epoch + 1) % settings.validate_every == 0
         if budget is not None and is_due:
             is_due = budget.affords_evaluation(self.meter.compute.evaluation_seconds)
