@@ -70,7 +70,7 @@ def fit(model: Model, settings: Train, run: Run, objective: Objective | None = N
         return model
     if settings.importance is not None and objective is not None:
         raise StepError(
-            "train.importance weighs cross-entropy alone; leave it out of a step that has its own loss"
+            "train.importance weighs cross-entropy alone; leave it out of steps with another loss"
         )
     # Weights of images come with their targets, and so does label smoothing then.
     objective = objective or CrossEntropy(0.0 if settings.importance else settings.label_smoothing)

@@ -314,7 +314,7 @@ def test_settings_that_contradict_each_other(digits: Data) -> None:
         Train(importance=Importance(), augmentation=Augmentation(mixup=0.2))
     from cveff.compress import Distill
 
-    with pytest.raises(StepError, match="has its own loss"):
+    with pytest.raises(StepError, match="steps with another loss"):
         step = Distill(alpha=0.0, train=replace(SETTINGS, importance=Importance()))
         cveff.apply(tiny(digits), step, data=digits)
 
