@@ -277,12 +277,8 @@ class _Trainer:
         """Time what the end of the budget is kept free for, and begin."""
         settings, run = self.settings, self.run
         assert settings.budget is not None
-        budget = Budget(
-            settings.budget,
-            run.clock or Clock(self.started),
-            spent=self.meter.compute.seconds,
-            begun=self.begun,
-        )
+        clock, spent = run.clock or Clock(self.started), self.meter.compute.seconds
+        budget = Budget(settings.budget, clock, spent=spent, begun=self.begun)
         started = time.monotonic()
         if run.folder:
             self._save_state()
