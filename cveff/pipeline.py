@@ -35,6 +35,7 @@ from cveff.target import load_target
 from cveff.train import Train
 from cveff.train.budget import parse_duration
 from cveff.train.loop import SUMMARY
+from cveff.train.timing import evaluation_seconds
 
 if TYPE_CHECKING:
     from cveff.export.deploy import Deployment
@@ -194,18 +195,29 @@ def _clock(model: Model, recipe: Recipe, data: Data, started: float, exports: bo
     """What a training budget of the recipe counts from, and pays for after training."""
     if recipe.train is None or recipe.train.budget is None:
         return None
-    images = len(data.evaluation) + (len(data.val) if recipe.steps else 0)
-    return Clock(started, images, _export_seconds(model) if exports else 0.0)
+    splits = [data.evaluation, *([data.val] if recipe.steps else [])]
+    writing = _writing_seconds(model, exports)
+
+    def afterwards() -> float:
+        scoring = [evaluation_seconds(lambda part: _score(model, part, Silent()), split) for split in splits]
+        return writing + sum(scoring)
+
+    return Clock(started, afterwards)
 
 
-def _export_seconds(model: Model) -> float:
-    """How long it takes to export `model`, by doing it."""
+def _writing_seconds(model: Model, exports: bool) -> float:
+    """How long it takes to save `model` after a phase and at the end, and to export it, by doing it."""
     from cveff.export.onnx import export
 
     with TemporaryDirectory() as folder:
         began = time.monotonic()
-        export(model, Path(folder) / "model.onnx")
-        return time.monotonic() - began
+        save(model, Path(folder) / "model")
+        seconds = 2 * (time.monotonic() - began)
+        if exports:
+            began = time.monotonic()
+            export(model, Path(folder) / "model.onnx")
+            seconds += time.monotonic() - began
+        return seconds
 
 
 def _consumed(out: Path, recipe: Recipe, started: float) -> dict[str, float]:

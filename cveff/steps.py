@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Protocol, runtime_checkable
@@ -48,13 +48,12 @@ class Clock:
 
     Attributes:
         started: by `time.monotonic`.
-        images: how many are scored with the trained model within the budget.
-        seconds: what else is done with it within the budget.
+        afterwards: times what is done with the trained model within the budget, and returns the seconds; called more
+            than once, as machines change their speed. None: nothing is.
     """
 
     started: float
-    images: int = 0
-    seconds: float = 0.0
+    afterwards: Callable[[], float] | None = None
 
 
 @dataclass

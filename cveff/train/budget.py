@@ -57,9 +57,9 @@ class Reserve:
     """Seconds at the end of a budget that are not for training.
 
     Attributes:
-        evaluation: the last validation, and scoring what the run scores after it.
+        evaluation: the last validation.
         saving: writing the state and the kept weights.
-        afterwards: what else the run does with the model within the budget, such as exporting it.
+        afterwards: what the run does with the model within the budget: scoring, saving, exporting it.
     """
 
     evaluation: float
@@ -129,12 +129,12 @@ class Budget:
         Raises:
             TrainingError: no time is left for `LEAST_STEPS`; the message says which budget would do.
         """
-        elapsed = self.elapsed
+        elapsed, after = self.elapsed, reserve.saving + reserve.afterwards
         least = elapsed + reserve.seconds + LEAST_STEPS * step_seconds
         if self.begun is None and least > self.seconds:
             raise TrainingError(
                 f"train.budget {duration(self.seconds)} is too short: {elapsed:.1f} s went before training, evaluation "
-                f"takes {reserve.evaluation:.1f} s, saving and export {reserve.saving + reserve.afterwards:.1f} s; "
+                f"takes {reserve.evaluation:.1f} s, saving and what follows {after:.1f} s; "
                 # A quarter more, as times vary from run to run.
                 f"the least that would do is {duration(1.25 * least)}"
             )
@@ -205,5 +205,5 @@ class Budget:
             f"budget {duration(self.seconds)}: {begun:.0f} s before training, then {speed:,.0f} images/s for "
             f"{self.end - begun:.0f} s = {total_steps:,} steps = {epochs:.1f} epochs; "
             f"kept free: {self._reserve.evaluation:.1f} s for evaluation, {self._reserve.saving:.1f} s for saving, "
-            f"{self._reserve.afterwards:.1f} s for export"
+            f"{self._reserve.afterwards:.1f} s for what follows"
         )

@@ -22,7 +22,7 @@ class Deadline:
     Args:
         budget: its clock.
         run: whose clock, device and progress are used.
-        seconds_an_image: times an evaluation, see `evaluation_seconds`.
+        evaluation: times a validation, see `evaluation_seconds`.
         images: of the validation split.
         saving: seconds that writing the run's files takes at the end.
         batch_size, epoch_images: for the plan.
@@ -40,7 +40,7 @@ class Deadline:
         self,
         budget: Budget,
         run: Run,
-        seconds_an_image: Callable[[], float],
+        evaluation: Callable[[], float],
         images: int,
         *,
         saving: float,
@@ -50,12 +50,11 @@ class Deadline:
         warmup_share: float,
     ) -> None:
         self.budget = budget
-        self._run, self._seconds_an_image, self._saving = run, seconds_an_image, saving
-        self._images = images + (0 if run.clock is None else run.clock.images)
+        self._run, self._evaluation, self._saving = run, evaluation, saving
         self._batch_size, self._epoch_images = batch_size, epoch_images
         self._is_planned = self._is_timed_again = False
         reserve = self._reserve()
-        budget.begin(reserve, (1 + BACKWARD) * reserve.evaluation / self._images * batch_size)
+        budget.begin(reserve, (1 + BACKWARD) * reserve.evaluation / images * batch_size)
         self.total_steps = step + budget.remaining_steps()
         self._step, self._warmup_share = step, warmup_share
 
@@ -101,5 +100,6 @@ class Deadline:
 
     def _reserve(self) -> Reserve:
         """What the end is kept free for, as timed now."""
-        afterwards = 0.0 if self._run.clock is None else self._run.clock.seconds
-        return Reserve(self._seconds_an_image() * self._images, self._saving, afterwards)
+        clock = self._run.clock
+        afterwards = 0.0 if clock is None or clock.afterwards is None else clock.afterwards()
+        return Reserve(self._evaluation(), self._saving, afterwards)

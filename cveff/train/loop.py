@@ -286,7 +286,9 @@ class _Trainer:
         self.course = self.deadline = Deadline(
             budget,
             run,
-            lambda: evaluation_seconds(module, self.val_split, spec, self._autocast()),
+            lambda: evaluation_seconds(
+                lambda part: evaluate(module, part, spec, self._autocast()), self.val_split
+            ),
             len(self.val_split),
             # The state, the best and the last weights: at the end all three are written.
             saving=3 * (time.monotonic() - started),

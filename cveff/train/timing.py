@@ -3,36 +3,27 @@
 from __future__ import annotations
 
 import time
-from contextlib import AbstractContextManager
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
-from torch import nn
 
 from cveff.data.dataset import Split
-from cveff.runtime.input_spec import InputSpec
-from cveff.train.evaluate import evaluate
 
 _FIRST, _GROWTH, _ENOUGH_SECONDS = 64, 4, 0.5
 
 
-def evaluation_seconds(
-    module: nn.Module, split: Split, spec: InputSpec, autocast: AbstractContextManager[Any] | None = None
-) -> float:
-    """Seconds an image that `evaluate` takes, reading and decoding included.
+def evaluation_seconds(evaluate: Callable[[Split], object], split: Split) -> float:
+    """Seconds that `evaluate(split)` takes, reading and decoding included.
 
-    More and more images are evaluated until half a second was spent, or all images.
-
-    Raises:
-        TrainingError: as `evaluate`.
+    It is called on more and more of the images until half a second was spent, or on all of them.
     """
     count = min(_FIRST, len(split))
-    evaluate(module, split.subset(np.arange(count)), spec, autocast)  # allocates, and sets kernels up
+    evaluate(split.subset(np.arange(count)))  # allocates, and sets kernels up
     while True:
         part = split.subset(np.linspace(0, len(split) - 1, count).astype(np.int64))
         started = time.monotonic()
-        evaluate(module, part, spec, autocast)
+        evaluate(part)
         seconds = time.monotonic() - started
         if seconds >= _ENOUGH_SECONDS or count == len(split):
-            return seconds / count
+            return seconds * len(split) / count
         count = min(_GROWTH * count, len(split))

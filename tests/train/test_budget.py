@@ -98,7 +98,7 @@ def test_the_plan_follows_the_speed_that_was_measured() -> None:
     assert budget.remaining_steps() == pytest.approx((18 - 5.6) / 0.1, abs=1)
     assert budget.plan(147, 64, 640) == (
         "budget 20s: 0 s before training, then 640 images/s for 18 s = 147 steps = 14.7 epochs; "
-        "kept free: 1.0 s for evaluation, 0.5 s for saving, 0.5 s for export"
+        "kept free: 1.0 s for evaluation, 0.5 s for saving, 0.5 s for what follows"
     )
 
 
