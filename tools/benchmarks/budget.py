@@ -44,11 +44,11 @@ def main() -> None:
     parser.add_argument("--budgets", nargs="+", default=list(ACCURACY))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--quick", action="store_true", help="30 seconds on the digits: that it works")
+    parser.add_argument("--quick", action="store_true", help="a minute on the digits: that it works")
     parser.add_argument("--fresh", action="store_true", help="measure again what is in the JSON file")
     parser.add_argument("--out", type=Path, help="JSON file; by default model_zoo/results/budget.json")
     arguments = parser.parse_args()
-    recipe, budgets = ("digits", ["30s"]) if arguments.quick else (RECIPE, arguments.budgets)
+    recipe, budgets = ("digits", ["60s"]) if arguments.quick else (RECIPE, arguments.budgets)
     out = arguments.out or common.output("budget.json", arguments.quick)
     settings = {"recipe": recipe, "threads": arguments.threads}
     results = common.Results(out, __file__, settings, fresh=arguments.fresh)
@@ -86,7 +86,7 @@ def one_run(recipe: str, seed: int, threads: int, *options: str) -> dict[str, An
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     load, started = os.getloadavg()[0], time.monotonic()
-    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
     seconds = time.monotonic() - started
     found = json.loads(done.stdout)
     kept = {key: found[key] for key in ("accuracy", "split", "count", "num_parameters", "consumed")}
