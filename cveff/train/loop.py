@@ -60,7 +60,11 @@ def fit(model: Model, settings: Train, run: Run, objective: Objective | None = N
     for edit in model.spec.edits:
         if isinstance(edit, Constraint):
             objective = edit.constrained(objective, model.module)
-    return _Trainer(model, settings, run, objective, run.data.train, run.data.val).train()
+    trainer = _Trainer(model, settings, run, objective, run.data.train, run.data.val)
+    try:
+        return trainer.train()
+    finally:
+        trainer.optimizer.close()
 
 
 class _Trainer:
@@ -89,6 +93,7 @@ class _Trainer:
             settings.weight_decay,
             settings.momentum,
             self.extra,
+            settings.galore,
         )
         self.average = MovingAverage(self.module, settings.ema) if settings.ema else None
         self.scaler = torch.amp.GradScaler(run.device.type, enabled=self.precision == torch.float16)

@@ -9,9 +9,10 @@ from cveff.data.augment import Augmentation
 from cveff.errors import TrainingError
 from cveff.model import Model
 from cveff.steps import Run
+from cveff.train.galore_settings import GaLore
 from cveff.train.loop import fit
 
-DEFAULT_LEARNING_RATE = {"sgd": 0.1, "adamw": 1e-3, "muon": 0.02}
+DEFAULT_LEARNING_RATE = {"sgd": 0.1, "adamw": 1e-3, "muon": 0.02, "galore": 1e-3}
 
 
 @dataclass(frozen=True)
@@ -22,9 +23,9 @@ class Train:
         epochs: passes over the training images; 0 leaves the weights alone.
         batch_size: images an optimizer step sees.
         accumulation: parts a batch is computed in, to save memory; must divide `batch_size`.
-        optimizer: "sgd" (Nesterov momentum), "adamw", or "muon" (Muon for hidden weight matrices and
-            convolutions, AdamW for the rest).
-        learning_rate: peak; by default 0.1 (sgd), 1e-3 (adamw), 0.02 (muon).
+        optimizer: "sgd" (Nesterov momentum), "adamw", "muon" (Muon for hidden weight matrices and
+            convolutions, AdamW for the rest), or "galore" (AdamW with low-rank state for the same).
+        learning_rate: peak; by default 0.1 (sgd), 1e-3 (adamw, galore), 0.02 (muon).
         weight_decay: on weights with two or more dimensions; never on biases, norms and scales.
         momentum: of sgd and muon.
         schedule: "cosine" to zero, "one-cycle" (cosine up for 30%, then down; Smith 2018), "triangular"
@@ -42,6 +43,7 @@ class Train:
         num_workers: processes that decode images of a streamed set.
         checkpoint_minutes: also keep the state within an epoch, this often.
         augmentation: what happens to training images.
+        galore: settings of the optimizer "galore"; by default its own.
 
     Raises:
         TrainingError: at construction, for a value out of range or settings that contradict each other.
@@ -50,7 +52,7 @@ class Train:
     epochs: int = 30
     batch_size: int = 128
     accumulation: int = 1
-    optimizer: Literal["sgd", "adamw", "muon"] = "sgd"
+    optimizer: Literal["sgd", "adamw", "muon", "galore"] = "sgd"
     learning_rate: float | None = None
     weight_decay: float = 5e-4
     momentum: float = 0.9
@@ -66,6 +68,7 @@ class Train:
     num_workers: int = 0
     checkpoint_minutes: float = 5.0
     augmentation: Augmentation = field(default_factory=Augmentation)
+    galore: GaLore | None = None
 
     kind: ClassVar[str] = "train"
     requires: ClassVar[tuple[str, ...]] = ("data",)
@@ -74,7 +77,7 @@ class Train:
         self._check("epochs", self.epochs >= 0, "0 or more")
         self._check("batch_size", self.batch_size >= 2, "2 or more (batch norm needs more than one image)")
         self._check("accumulation", self.accumulation >= 1, "1 or more")
-        self._check("optimizer", self.optimizer in DEFAULT_LEARNING_RATE, "sgd, adamw or muon")
+        self._check("optimizer", self.optimizer in DEFAULT_LEARNING_RATE, "sgd, adamw, muon or galore")
         self._check(
             "learning_rate", self.learning_rate is None or self.learning_rate > 0, "a positive number"
         )
@@ -100,6 +103,8 @@ class Train:
                 f"train.accumulation {self.accumulation} does not divide train.batch_size {self.batch_size}; "
                 "choose a divisor"
             )
+        if self.galore is not None:
+            self._check_galore(self.galore)
         if self.warmup_epochs > self.epochs > 0:
             raise TrainingError(
                 f"train.warmup_epochs {self.warmup_epochs} is longer than train.epochs {self.epochs}; shorten it"
@@ -117,6 +122,23 @@ class Train:
     def peak_learning_rate(self) -> float:
         """`learning_rate`, or the optimizer's default."""
         return DEFAULT_LEARNING_RATE[self.optimizer] if self.learning_rate is None else self.learning_rate
+
+    def _check_galore(self, galore: GaLore) -> None:
+        if self.optimizer != "galore":
+            raise TrainingError(
+                f"train.galore is given and train.optimizer is {self.optimizer!r}; use 'galore', or leave it out"
+            )
+        conflicts = {
+            "accumulation": self.accumulation > 1,
+            "clip_norm": self.clip_norm > 0,
+            "precision": self.precision == "fp16",
+        }
+        for name, conflict in conflicts.items():
+            if galore.layerwise and conflict:
+                raise TrainingError(
+                    f"train.{name} is {getattr(self, name)!r}, and train.galore.layerwise updates each weight before "
+                    f"all gradients are there; set layerwise to false, or leave {name} out"
+                )
 
     def _check(self, name: str, holds: bool, wanted: str) -> None:
         if not holds:
