@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from cveff.errors import TrainingError
+from cveff.train.layers import hidden_layers
 
 _ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
@@ -64,38 +65,14 @@ def check_rank(rank: float | int) -> None:
 
 
 def _matrices(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Names and weights of hidden linear layers, attention and convolutions."""
-    layers = [(path, layer) for path, layer in module.named_modules() if _is_layer(layer)]
-    ends = _ends(module, [path for path, _ in layers])
+    """Names and weights of hidden linear layers, attention and convolutions, each once."""
     seen: set[int] = set()
-    for path, layer in layers:
-        names = _ATTENTION if isinstance(layer, nn.MultiheadAttention) else ("weight",)
-        for name in names:
+    for path, layer in hidden_layers(module):
+        for name in _ATTENTION if isinstance(layer, nn.MultiheadAttention) else ("weight",):
             weight = layer._parameters.get(name)
-            if weight is None or path in ends or id(weight) in seen:
-                continue
-            seen.add(id(weight))
-            yield f"{path}.{name}", weight
-
-
-def _is_layer(layer: nn.Module) -> bool:
-    if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        return layer.groups == 1
-    return isinstance(layer, (nn.Linear, nn.MultiheadAttention))
-
-
-def _ends(module: nn.Module, paths: list[str]) -> set[str]:
-    """The embedding and the classifier: those timm names, else the first and the last layer."""
-    config = getattr(module, "pretrained_cfg", None) or {}
-    found: set[str] = set()
-    for key, default in (("first_conv", paths[:1]), ("classifier", paths[-1:])):
-        named = config.get(key) or ()
-        named = (named,) if isinstance(named, str) else tuple(named)
-        present = {
-            path for path in paths if any(path == name or path.startswith(f"{name}.") for name in named)
-        }
-        found |= present or set(default)
-    return found
+            if weight is not None and id(weight) not in seen:
+                seen.add(id(weight))
+                yield f"{path}.{name}", weight
 
 
 def _rank(weight: nn.Parameter, rank: float | int) -> int:

@@ -4,7 +4,7 @@ ends with the weights it would have had."""
 from __future__ import annotations
 
 import time
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -14,13 +14,15 @@ from torch import nn
 
 from cveff.data.dataset import Split
 from cveff.errors import CheckpointError, StepError
+from cveff.measure.training_memory import MemoryTracker
 from cveff.model import Model, save_weights
 from cveff.steps import Run
+from cveff.train.checkpointing import checkpointed
 from cveff.train.ema import MovingAverage
 from cveff.train.evaluate import evaluate
 from cveff.train.finite import require_finite
 from cveff.train.objective import Constraint, CrossEntropy, Objective
-from cveff.train.optimizers import build_optimizer
+from cveff.train.offload import choose_optimizers
 from cveff.train.precision import choose_precision
 from cveff.train.schedule import learning_rate_factor
 from cveff.train.state import differences, load_state, save_state
@@ -61,10 +63,11 @@ def fit(model: Model, settings: Train, run: Run, objective: Objective | None = N
         if isinstance(edit, Constraint):
             objective = edit.constrained(objective, model.module)
     trainer = _Trainer(model, settings, run, objective, run.data.train, run.data.val)
-    try:
+    with ExitStack() as stack:
+        stack.callback(trainer.optimizer.close)
+        if settings.checkpoint_activations:
+            stack.enter_context(checkpointed(trainer.module))
         return trainer.train()
-    finally:
-        trainer.optimizer.close()
 
 
 class _Trainer:
@@ -86,15 +89,7 @@ class _Trainer:
         self.precision = choose_precision(wanted, run.device)
         self.module: nn.Module = model.module.to(run.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.extra = objective.extra.to(run.device).train() if objective.extra is not None else nn.Module()
-        self.optimizer = build_optimizer(
-            self.module,
-            settings.optimizer,
-            settings.peak_learning_rate,
-            settings.weight_decay,
-            settings.momentum,
-            self.extra,
-            settings.galore,
-        )
+        self.optimizer = choose_optimizers(self.module, self.extra, settings, run.device)
         self.average = MovingAverage(self.module, settings.ema) if settings.ema else None
         self.scaler = torch.amp.GradScaler(run.device.type, enabled=self.precision == torch.float16)
         self.batches_per_epoch = train_split.num_training_batches(settings.batch_size)
@@ -104,11 +99,14 @@ class _Trainer:
         self.best_weights: dict[str, torch.Tensor] = {}
         self.finished = False
         self.last_saved = time.monotonic()
+        self.epoch_figures: dict[str, float] = {}
 
     def train(self) -> Model:
         if self.run.resume:
             self._resume()
         start = self.step
+        # The second step is the first that finds the optimizer's state there.
+        self.watched_step = min(start + 1, self.total_steps - 1)
         if not self.finished:
             steps = iter(
                 self.run.progress.track(
@@ -140,7 +138,8 @@ class _Trainer:
         started, limit = time.monotonic(), settings.checkpoint_minutes * 60
         for images, targets in batches:
             next(steps)
-            losses.append(self._optimize(images, targets, epoch))
+            optimize = self._optimize_watched if self.step == self.watched_step else self._optimize
+            losses.append(optimize(images, targets, epoch))
             if len(losses) % 50 == 1:  # seldom, as it waits for the device; first, to name what breaks first
                 self._require_finite(losses[-1])
             # Never between an epoch's last batch and its validation, which a resumed run would skip.
@@ -148,11 +147,21 @@ class _Trainer:
             if self.run.folder and is_within_epoch and time.monotonic() - self.last_saved > limit:
                 self._save_state()
         self._require_finite(losses[-1])
-        self.epoch_figures = {
+        self.epoch_figures |= {
             "train/loss": float(torch.stack(losses).mean()),
             "train/learning_rate": settings.peak_learning_rate * self._factor(self.step - 1),
             "train/images_per_second": len(losses) * settings.batch_size / (time.monotonic() - started),
         }
+
+    def _optimize_watched(self, images: torch.Tensor, targets: torch.Tensor, epoch: int) -> torch.Tensor:
+        """`_optimize`, and who owns its peak of memory."""
+        tracker = MemoryTracker(self.module, self.optimizer.optimizers, self.run.device, [self.extra])
+        with tracker:
+            loss = self._optimize(images, targets, epoch)
+        assert tracker.result is not None
+        self.epoch_figures = tracker.result.figures()
+        self.run.progress.message(str(tracker.result))
+        return loss
 
     def _optimize(self, images: torch.Tensor, targets: torch.Tensor, epoch: int) -> torch.Tensor:
         """One optimizer step on one batch; the mean loss, still on the device."""
@@ -214,6 +223,7 @@ class _Trainer:
         stop = bool(settings.patience) and epoch - self.best_epoch >= settings.patience
         self.finished = stop or is_last
         self.run.log.write(self.step, {"epoch": epoch + 1, **self.epoch_figures})
+        self.epoch_figures = {}
         if self.run.folder:
             if self.finished:
                 self._save_model((self.average.module if self.average else self.module).state_dict(), "last")
@@ -283,7 +293,7 @@ class _Trainer:
         """What must be equal for a state to fit: the settings, the model, the data and the seed."""
         settings = asdict(self.settings)
         # These change how fast the work goes, not what comes out.
-        for name in ("num_workers", "checkpoint_minutes"):
+        for name in ("num_workers", "checkpoint_minutes", "checkpoint_activations", "offload_optimizer"):
             settings.pop(name)
         objective = dict(self.objective.identity())
         return {

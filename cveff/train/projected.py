@@ -230,7 +230,8 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             stable = state.get("stable", 0) + 1 if float(kept) >= LAZY_OVERLAP else 0
             gap = state.get("gap", group["update_proj_gap"])
             state["gap"], state["stable"] = (2 * gap, 0) if stable == LAZY_REFRESHES else (gap, stable)
-        state.update(new)
+        for side, basis in new.items():
+            state[side] = basis
         return new
 
     def _rotate(
@@ -284,7 +285,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         for parameter in group["params"]:
             if parameter.ndim < 2 or not parameter.is_floating_point():
                 raise TrainingError(
-                    f"{self._name(parameter)}, {parameter.dtype}, is no matrix of floats and its group has rank {rank}; "
+                    f"{self._name(parameter)}, {parameter.dtype}, is no matrix of floats, its group has rank {rank}; "
                     "put it into a group without"
                 )
             rows, columns = _matrix_shape(parameter)

@@ -18,7 +18,8 @@ Side = Literal["left", "right"]
 EXACT_SIDE = 512
 """Longest short side of a matrix whose singular vectors "auto" finds exactly."""
 _OVERSAMPLING = 8
-_POWER_STEPS = 2
+_POWER_STEPS = 8
+_CONVERGED = 0.002
 
 
 def sides_of(proj_type: ProjType, rows: int, columns: int) -> tuple[Side, ...]:
@@ -44,9 +45,9 @@ def find_bases(
 
     Args:
         matrix: (m, n), finite; computed in float32 whatever its dtype.
-        method: "svd" is exact; "subspace" is randomised subspace iteration with two power steps and a
-            Rayleigh-Ritz step (Halko, Martinsson & Tropp, arXiv:0909.4061, algorithm 4.4); "auto" is exact up to a
-            short side of 512.
+        method: "svd" is exact; "subspace" is randomised subspace iteration (Halko, Martinsson & Tropp,
+            arXiv:0909.4061, algorithm 4.4) until the captured energy grows by less than 0.2%, with a Rayleigh-Ritz
+            step at its end; "auto" is exact up to a short side of 512.
         previous: bases that subspace iteration starts from.
         seed: of the random vectors it adds.
 
@@ -108,8 +109,14 @@ def _subspace_iteration(
     elif "left" in previous:
         guess[:, :rank] = matrix.t() @ previous["left"].float()
     basis = torch.linalg.qr(guess).Q
+    product = matrix @ basis
+    energy = product.square().sum()
     for _ in range(_POWER_STEPS):
-        basis = torch.linalg.qr(matrix.t() @ torch.linalg.qr(matrix @ basis).Q).Q
-    outer, inner = torch.linalg.qr(matrix @ basis)
+        basis = torch.linalg.qr(matrix.t() @ torch.linalg.qr(product).Q).Q
+        product, before = matrix @ basis, energy
+        energy = product.square().sum()
+        if bool(energy - before <= _CONVERGED * energy):
+            break
+    outer, inner = torch.linalg.qr(product)
     left, _, right = torch.linalg.svd(inner)
     return outer @ left, right @ basis.t()

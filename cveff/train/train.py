@@ -44,6 +44,9 @@ class Train:
         checkpoint_minutes: also keep the state within an epoch, this often.
         augmentation: what happens to training images.
         galore: settings of the optimizer "galore"; by default its own.
+        checkpoint_activations: keep each block's input alone and compute the rest again in the backward pass: less
+            memory, about a third more time, the same weights.
+        offload_optimizer: keep the optimizer's state in the CPU's memory and step there; for a GPU.
 
     Raises:
         TrainingError: at construction, for a value out of range or settings that contradict each other.
@@ -69,6 +72,8 @@ class Train:
     checkpoint_minutes: float = 5.0
     augmentation: Augmentation = field(default_factory=Augmentation)
     galore: GaLore | None = None
+    checkpoint_activations: bool = False
+    offload_optimizer: bool = False
 
     kind: ClassVar[str] = "train"
     requires: ClassVar[tuple[str, ...]] = ("data",)
@@ -102,6 +107,13 @@ class Train:
             raise TrainingError(
                 f"train.accumulation {self.accumulation} does not divide train.batch_size {self.batch_size}; "
                 "choose a divisor"
+            )
+        if self.offload_optimizer and (
+            self.precision == "fp16" or (self.galore is not None and self.galore.layerwise)
+        ):
+            raise TrainingError(
+                "train.offload_optimizer steps on the CPU after the backward pass, which neither precision 'fp16' nor "
+                "galore.layerwise can; turn one off"
             )
         if self.galore is not None:
             self._check_galore(self.galore)
