@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 from torch import nn
 
+_LISTS = (nn.Sequential, nn.ModuleList)
+
 
 def matrix_layers(module: nn.Module) -> dict[str, nn.Module]:
     """Linear layers, attention and ungrouped convolutions by path, the first and the last included."""
@@ -25,25 +27,24 @@ def classifier_paths(module: nn.Module) -> set[str]:
 
 
 def repeated_blocks(module: nn.Module) -> dict[str, nn.Module]:
-    """The blocks a network is made of, by path and in order: layered members of its lists of two or more, outermost."""
-    found: dict[str, nn.Module] = {}
-    for path, layer in module.named_modules():
-        if not isinstance(layer, (nn.Sequential, nn.ModuleList)) or _is_within(path, found):
-            continue
-        members = [
-            (name, child)
-            for name, child in layer.named_children()
-            if not isinstance(child, (nn.Sequential, nn.ModuleList))
-            and next(child.children(), None) is not None
-        ]
-        if len(members) > 1:
+    """The blocks a network is made of, by path and in order: innermost members of its lists that have layers inside."""
+    members: dict[str, nn.Module] = {}
+    for path, layers in module.named_modules():
+        if isinstance(layers, _LISTS):
             prefix = f"{path}." if path else ""
-            found |= {
-                f"{prefix}{name}": child
-                for name, child in members
-                if next(child.parameters(), None) is not None
+            members |= {
+                f"{prefix}{name}": child for name, child in layers.named_children() if _is_block(child)
             }
-    return found
+    return {
+        path: block
+        for path, block in members.items()
+        if not any(other.startswith(f"{path}.") for other in members)
+    }
+
+
+def _is_block(layer: nn.Module) -> bool:
+    has_layers = next(layer.children(), None) is not None and next(layer.parameters(), None) is not None
+    return has_layers and not isinstance(layer, _LISTS)
 
 
 def _is_matrix(layer: nn.Module) -> bool:
@@ -59,7 +60,3 @@ def _named(module: nn.Module, key: str, paths: list[str], default: int) -> set[s
     names = (names,) if isinstance(names, str) else tuple(names)
     found = {path for path in paths if any(path == name or path.startswith(f"{name}.") for name in names)}
     return found or set(paths[default:][:1])
-
-
-def _is_within(path: str, blocks: dict[str, nn.Module]) -> bool:
-    return any(path == name or path.startswith(f"{name}.") for name in blocks)

@@ -295,6 +295,8 @@ class _Trainer:
         # These change how fast the work goes, not what comes out.
         for name in ("num_workers", "checkpoint_minutes", "checkpoint_activations", "offload_optimizer"):
             settings.pop(name)
+        if self.settings.optimizer != "galore":
+            settings.pop("galore")
         objective = dict(self.objective.identity())
         return {
             **({"objective": objective} if objective else {}),

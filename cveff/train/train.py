@@ -43,7 +43,7 @@ class Train:
         num_workers: processes that decode images of a streamed set.
         checkpoint_minutes: also keep the state within an epoch, this often.
         augmentation: what happens to training images.
-        galore: settings of the optimizer "galore"; by default its own.
+        galore: settings of the optimizer "galore".
         checkpoint_activations: keep each block's input alone and compute the rest again in the backward pass: less
             memory, about a third more time, the same weights.
         offload_optimizer: keep the optimizer's state in the CPU's memory and step there; for a GPU.
@@ -71,7 +71,7 @@ class Train:
     num_workers: int = 0
     checkpoint_minutes: float = 5.0
     augmentation: Augmentation = field(default_factory=Augmentation)
-    galore: GaLore | None = None
+    galore: GaLore = field(default_factory=GaLore)
     checkpoint_activations: bool = False
     offload_optimizer: bool = False
 
@@ -108,15 +108,12 @@ class Train:
                 f"train.accumulation {self.accumulation} does not divide train.batch_size {self.batch_size}; "
                 "choose a divisor"
             )
-        if self.offload_optimizer and (
-            self.precision == "fp16" or (self.galore is not None and self.galore.layerwise)
-        ):
+        if self.offload_optimizer and (self.precision == "fp16" or self.galore.layerwise):
             raise TrainingError(
                 "train.offload_optimizer steps on the CPU after the backward pass, which neither precision 'fp16' nor "
                 "galore.layerwise can; turn one off"
             )
-        if self.galore is not None:
-            self._check_galore(self.galore)
+        self._check_galore(self.galore)
         if self.warmup_epochs > self.epochs > 0:
             raise TrainingError(
                 f"train.warmup_epochs {self.warmup_epochs} is longer than train.epochs {self.epochs}; shorten it"
@@ -136,9 +133,9 @@ class Train:
         return DEFAULT_LEARNING_RATE[self.optimizer] if self.learning_rate is None else self.learning_rate
 
     def _check_galore(self, galore: GaLore) -> None:
-        if self.optimizer != "galore":
+        if self.optimizer != "galore" and galore != GaLore():
             raise TrainingError(
-                f"train.galore is given and train.optimizer is {self.optimizer!r}; use 'galore', or leave it out"
+                f"train.galore is set and train.optimizer is {self.optimizer!r}; use 'galore', or leave it out"
             )
         conflicts = {
             "accumulation": self.accumulation > 1,

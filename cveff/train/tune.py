@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from cveff.errors import StepError
 from cveff.model import Model, with_module
+from cveff.runtime.input_spec import InputSpec
 from cveff.steps import Run
 from cveff.train.adapters import AdapterMethod, Adapters, adapter_parameters, merged, require_peft
 from cveff.train.layers import classifier_paths, hidden_layers, repeated_blocks
@@ -133,16 +134,12 @@ class Tune:
         start = next(index for index, (name, _) in enumerate(named) if name.startswith(f"{first}."))
         return [parameter for _, parameter in named[start:]]
 
-    def _layers(self, module: nn.Module) -> tuple[str, ...]:
+    def _layers(self, model: Model) -> tuple[str, ...]:
         """Paths of the layers that get adapters."""
-        hidden = [
-            (path, layer)
-            for path, layer in hidden_layers(module)
-            if not isinstance(layer, nn.MultiheadAttention)
-        ]
-        found = [path for path, layer in hidden if isinstance(layer, nn.Linear)] or [
-            path for path, _ in hidden
-        ]
+        module = model.module
+        hidden = _called(module, dict(hidden_layers(module)), model.spec.input)
+        linear = [path for path, layer in hidden if isinstance(layer, nn.Linear)]
+        found = linear or [path for path, _ in hidden]
         if self.layers:
             for pattern in self.layers:
                 if not any(fnmatch(path, pattern) for path, _ in hidden):
@@ -178,6 +175,24 @@ class Frozen(CrossEntropy):
             "alpha": settings.alpha,
             "layers": list(settings.layers),
         }
+
+
+def _called(module: nn.Module, layers: dict[str, nn.Module], spec: InputSpec) -> list[tuple[str, nn.Module]]:
+    """The layers that a blank image passes through: an adapter on a layer whose weight is used without calling it,
+    as attention may do, would be left out in silence."""
+    called: set[str] = set()
+    hooks = [
+        layer.register_forward_hook(lambda *_, path=path: called.add(path)) for path, layer in layers.items()
+    ]
+    was_training, device = module.training, next(module.parameters()).device
+    try:
+        with torch.no_grad():
+            module.eval()(torch.zeros(1, spec.channels, *spec.size, device=device))
+    finally:
+        module.train(was_training)
+        for hook in hooks:
+            hook.remove()
+    return [(path, layer) for path, layer in layers.items() if path in called]
 
 
 def _is_timm_norm(part: nn.Module) -> bool:

@@ -127,7 +127,7 @@ def test_a_recipe_sets_what_is_projected() -> None:
             r"train\.clip_norm is 1\.0, and train\.galore\.layer",
         ),
         ({"galore": {"layerwise": True}, "accumulation": 2, "batch_size": 64}, r"train\.accumulation is 2"),
-        ({"galore": {}, "optimizer": "sgd"}, r"train\.galore is given and train\.optimizer is 'sgd'"),
+        ({"optimizer": "sgd"}, r"train\.galore is set and train\.optimizer is 'sgd'"),
         ({"offload_optimizer": True, "galore": {"layerwise": True}}, "turn one off"),
     ):
         with pytest.raises(RecipeError, match=words):
