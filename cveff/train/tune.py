@@ -86,7 +86,7 @@ class Tune:
         if self.method in get_args(AdapterMethod):
             require_peft()
             edit = Adapters(
-                cast(AdapterMethod, self.method), self.rank, float(self.alpha), self._layers(module)
+                cast(AdapterMethod, self.method), self.rank, float(self.alpha), self._layers(model)
             )
             torch.manual_seed(run.seed)
             model = with_module(model, edit.apply(module), edit)

@@ -26,9 +26,9 @@ EXPECTED = {
         {"patch_embed.proj.weight", "head.weight", "pos_embed", "cls_token", "blocks.1.norm1.weight"},
     ),
     "convnext_atto": (
-        {"depths": (1, 1), "dims": (16, 32)},
-        {"stages.1.blocks.0.mlp.fc1.weight": 8, "stages.1.downsample.1.weight": 8},
-        {"stem.0.weight", "head.fc.weight", "stages.1.blocks.0.conv_dw.weight", "stages.1.blocks.0.gamma"},
+        {"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 16)},
+        {"stages.3.blocks.0.mlp.fc1.weight": 4, "stages.2.downsample.1.weight": 4},
+        {"stem.0.weight", "head.fc.weight", "stages.3.blocks.0.conv_dw.weight", "stages.3.blocks.0.gamma"},
     ),
     "resnet18": (
         {"channels": (16, 32, 32, 32)},
@@ -96,7 +96,7 @@ TRAIN = Train(
 )
 def test_train_learns_digits(galore: GaLore) -> None:
     data = load_data("digits", seed=0)
-    data = replace(data, train=data.train.subset(np.arange(640)), val=data.val.subset(np.arange(150)))
+    data = replace(data, train=data.train.subset(np.arange(640)), val=data.val.subset(np.arange(140)))
     arguments = {"patch_size": 2, "depth": 2, "embed_dim": 32, "num_heads": 2}
     torch.manual_seed(0)
     model = cveff.create(

@@ -30,7 +30,7 @@ TRAIN = Train(
 )
 NETWORKS: dict[str, dict[str, Any]] = {
     "vit_tiny_patch16_224": {"patch_size": 2, "depth": 2, "embed_dim": 16, "num_heads": 2},
-    "convnext_atto": {"depths": (1, 1), "dims": (8, 16), "patch_size": 1},
+    "convnext_atto": {"depths": (1, 1, 1, 1), "dims": (8, 8, 8, 16), "patch_size": 1},
     "resnet18": {"channels": (8, 8, 8, 8)},
 }
 
@@ -65,7 +65,7 @@ def changed(before: Model, after: Model) -> set[str]:
             "norm",
             lambda n: "norm" in n or "downsample.0" in n or n.startswith(("stem.1", "head.fc")),
         ),
-        ("convnext_atto", "blocks", lambda n: n.startswith(("stages.1.blocks.0.", "head."))),
+        ("convnext_atto", "blocks", lambda n: n.startswith(("stages.3.blocks.0.", "head."))),
         ("resnet18", "head", lambda n: n.startswith("fc.")),
         ("resnet18", "blocks", lambda n: n.startswith(("layer4.1.", "fc."))),
     ],
