@@ -9,7 +9,7 @@ from torch import nn
 
 from cveff.train.galore import GaLoreAdamW
 from cveff.train.galore_groups import check_rank, galore_groups
-from cveff.train.projected import check_projection
+from cveff.train.projection_checks import check_projection
 
 
 @dataclass(frozen=True)

@@ -3,37 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from cveff.errors import CheckpointError, TrainingError
+from cveff.errors import TrainingError
 from cveff.train import state8bit
-from cveff.train.projector import (
-    Method,
-    ProjType,
-    Side,
-    find_bases,
-    overlap,
-    project,
-    project_back,
-    sides_of,
-    turn,
-)
+from cveff.train.projection_checks import check_group, check_state, sides_in
+from cveff.train.projector import Side, find_bases, overlap, project, project_back, turn
 
 LAZY_OVERLAP = 0.4
 LAZY_REFRESHES = 5
 RESIDUAL_GROWTH = 1.01
-_CHOICES = {
-    "proj_type": get_args(ProjType),
-    "projector": get_args(Method),
-    "refresh": ("fixed", "lazy"),
-    "carry": ("keep", "rotate"),
-    "residual": (False, True),
-    "state_bits": (32, 8),
-    "convention": ("torch", "galore"),
-}
 
 
 class ProjectedOptimizer(torch.optim.Optimizer):
@@ -84,7 +66,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            self._check(group)
+            check_group(group, self._name)
         except TrainingError:
             self.param_groups.pop()
             raise
@@ -128,7 +110,9 @@ class ProjectedOptimizer(torch.optim.Optimizer):
                     self.state[parameter][name] = value.to(parameter.device, copy=True)
         for group in self.param_groups:
             for parameter in group["params"]:
-                self._check_state(parameter, group)
+                state = self.state.get(parameter)
+                if state:
+                    check_state(state, parameter, group, self.moments, self._name)
 
     def remove_hooks(self) -> None:
         """End layer-wise updates: later gradients stay where they are."""
@@ -165,7 +149,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         state = self.state[parameter]
         state.setdefault("step", 0)
         gradient = self.prepare(parameter, gradient, group)
-        sides = _sides(parameter, group)
+        sides = sides_in(parameter, group)
         if sides:
             self._update_projected(parameter, gradient, sides, state, group)
         else:
@@ -266,73 +250,6 @@ class ProjectedOptimizer(torch.optim.Optimizer):
                     return str(name)
         return f"a parameter of shape {tuple(parameter.shape)}"
 
-    def _check(self, group: Mapping[str, Any]) -> None:
-        check_projection(group)
-        rank = group["rank"]
-        for key in ("lr", "eps", "weight_decay", "momentum"):
-            if key in group and not group[key] >= 0:
-                raise TrainingError(f"{key} is {group[key]!r}; give 0 or more")
-        if not all(0 <= beta < 1 for beta in group.get("betas", ())):
-            raise TrainingError(f"betas are {group['betas']!r}; give two numbers in [0, 1)")
-        if group["state_bits"] == 8:
-            state8bit.require_library()
-        if rank is None:
-            return
-        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-            raise TrainingError(
-                f"rank is {rank!r}; give 1 or more, or leave it out for a group without projection"
-            )
-        for parameter in group["params"]:
-            if parameter.ndim < 2 or not parameter.is_floating_point():
-                raise TrainingError(
-                    f"{self._name(parameter)}, {parameter.dtype}, is no matrix of floats, its group has rank {rank}; "
-                    "put it into a group without"
-                )
-            rows, columns = _matrix_shape(parameter)
-            if rank > min(rows, columns):
-                raise TrainingError(
-                    f"rank {rank} is larger than the {rows}×{columns} matrix of {self._name(parameter)}; "
-                    f"give at most {min(rows, columns)}"
-                )
-
-    def _check_state(self, parameter: nn.Parameter, group: Mapping[str, Any]) -> None:
-        sides = _sides(parameter, group)
-        state = self.state.get(parameter)
-        if not state or not sides:
-            return
-        rows, columns = _matrix_shape(parameter)
-        rank = group["rank"]
-        wanted: dict[str, tuple[int, ...]] = {}
-        if "left" in sides:
-            wanted["left"] = (rows, rank)
-        if "right" in sides:
-            wanted["right"] = (rank, columns)
-        low = (rank if "left" in sides else rows, rank if "right" in sides else columns)
-        wanted |= {name: low for name in self.moments if name in state}
-        for name, shape in wanted.items():
-            if name not in state or tuple(state[name].shape) != shape:
-                found = tuple(state[name].shape) if name in state else "missing"
-                raise CheckpointError(
-                    f"optimizer state {name!r} of {self._name(parameter)} is {found}, rank {rank} needs {shape}; "
-                    "load it with the rank and proj_type it was written with"
-                )
-
-
-def check_projection(settings: Mapping[str, Any], prefix: str = "") -> None:
-    """Refuse values of a group's keys, or of settings, that cannot be.
-
-    Raises:
-        TrainingError: the first one, called with `prefix` before its name.
-    """
-    for key, choices in _CHOICES.items():
-        if key in settings and settings[key] not in choices:
-            raise TrainingError(f"{prefix}{key} is {settings[key]!r}; give {' or '.join(map(repr, choices))}")
-    gap = settings["update_proj_gap"]
-    if isinstance(gap, bool) or not isinstance(gap, int) or gap < 1:
-        raise TrainingError(f"{prefix}update_proj_gap is {gap!r}; give 1 or more steps")
-    if not settings["scale"] > 0:
-        raise TrainingError(f"{prefix}scale is {settings['scale']!r}; give a positive number")
-
 
 def _residual(
     matrix: Tensor, low: Tensor, normalised: Tensor, bases: Mapping[Side, Tensor], state: dict[str, Any]
@@ -344,29 +261,13 @@ def _residual(
     left_out = (matrix - project_back(low, bases)) * ratio
     norm = left_out.norm().float()
     if "residual_norm" in state:
-        shrink = (RESIDUAL_GROWTH * state["residual_norm"] / norm.clamp_min(1e-30)).clamp_max(1.0)
+        before = state["residual_norm"]
+        shrink = (RESIDUAL_GROWTH * before / norm.clamp_min(1e-30)).clamp_max(1.0)
+        shrink = torch.where(before > 0, shrink, 1.0)  # from nothing any growth is too much
         left_out *= shrink.to(left_out.dtype)
         norm = norm * shrink
     state["residual_norm"] = norm
     return left_out
-
-
-def _sides(parameter: Tensor, group: Mapping[str, Any]) -> tuple[Side, ...]:
-    """The sides a parameter is projected from; none without a rank, or where nothing would be left out."""
-    rank = group["rank"]
-    if rank is None:
-        return ()
-    rows, columns = _matrix_shape(parameter)
-    sides = sides_of(group["proj_type"], rows, columns)
-    if group["convention"] == "galore":
-        return sides
-    lengths = {"left": rows, "right": columns}
-    return tuple(side for side in sides if lengths[side] > rank)
-
-
-def _matrix_shape(parameter: Tensor) -> tuple[int, int]:
-    rows = parameter.shape[0]
-    return rows, parameter.numel() // max(1, rows)
 
 
 def _sharded_like(value: Tensor, parameter: Tensor) -> Tensor:

@@ -235,7 +235,17 @@ def test_residual_is_what_the_projection_leaves_out_scaled_by_lane() -> None:
     torch.testing.assert_close(optimizer.state[weight]["residual_norm"], 1.01 * norm)
 
 
-def test_8_bits_take_a_quarter_and_follow_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_residual_grows_from_a_gradient_of_zeros() -> None:
+    """The gradient of a layer behind one that begins at zero."""
+    weight = zeros(WIDE)
+    optimizer = GaLoreAdamW(group(weight, 4, residual=True))
+    for gradient in (torch.zeros(WIDE), torch.randn(WIDE, generator=torch.Generator().manual_seed(0))):
+        weight.grad = gradient
+        optimizer.step()
+    assert optimizer.state[weight]["residual_norm"] > 0
+
+
+def test_8_bits_take_a_quarter_and_follow_the_loss() -> None:
     pytest.importorskip("bitsandbytes")
     shape, loss = (96, 192), problem((96, 192))
     sizes, losses = [], []
