@@ -35,7 +35,8 @@ class Tune:
     Attributes:
         method: what is trained beside the classifier: "head" nothing, "bias" every bias (BitFit: Ben Zaken et al.,
             arXiv:2106.10199), "norm" scales and shifts of norms, "blocks" the last blocks and what follows them,
-            "lora", "dora", "loha" or "lokr" adapters of peft on hidden linear layers and convolutions.
+            "lora", "dora", "loha" or "lokr" adapters of peft on hidden linear layers and convolutions ("dora" on
+            linear layers alone).
         num_blocks: how many, for "blocks".
         rank: of adapters.
         alpha: adapters add their part times alpha / rank.
@@ -138,8 +139,10 @@ class Tune:
         """Paths of the layers that get adapters."""
         module = model.module
         hidden = _called(module, dict(hidden_layers(module)), model.spec.input)
-        linear = [path for path, layer in hidden if isinstance(layer, nn.Linear)]
-        found = linear or [path for path, _ in hidden]
+        linear = [(path, layer) for path, layer in hidden if isinstance(layer, nn.Linear)]
+        if self.method == "dora":
+            hidden = linear  # peft's DoRA takes no kernel in channels_last memory
+        found = [path for path, _ in linear or hidden]
         if self.layers:
             for pattern in self.layers:
                 if not any(fnmatch(path, pattern) for path, _ in hidden):

@@ -87,7 +87,8 @@ def test_what_is_not_tuned_stays_to_the_bit(digits: Data, name: str, method: Any
         ("vit_tiny_patch16_224", "lora"),
         ("vit_tiny_patch16_224", "loha"),
         ("resnet18", "lora"),
-        ("convnext_atto", "dora"),
+        ("vit_tiny_patch16_224", "dora"),
+        ("convnext_atto", "lora"),
     ],
 )
 def test_adapters_load_bit_equal_and_merge(digits: Data, tmp_path: Path, name: str, method: Any) -> None:
@@ -99,6 +100,9 @@ def test_adapters_load_bit_equal_and_merge(digits: Data, tmp_path: Path, name: s
     assert isinstance(edit, Adapters) and edit.rank == 2
     cveff.save(tuned, tmp_path / "tuned")
     loaded = cveff.load(tmp_path / "tuned")
+    tuned.module.to(
+        memory_format=torch.contiguous_format
+    )  # training leaves kernels in another, which rounds otherwise
     images = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = tuned.module(images)
