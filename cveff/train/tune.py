@@ -139,7 +139,7 @@ class Tune:
         """Paths of the layers that get adapters."""
         module = model.module
         hidden = _called(module, dict(hidden_layers(module)), model.spec.input)
-        linear = [(path, layer) for path, layer in hidden if isinstance(layer, nn.Linear)]
+        linear = [item for item in hidden if isinstance(item[1], nn.Linear)]
         if self.method == "dora":
             hidden = linear  # peft's DoRA takes no kernel in channels_last memory
         found = [path for path, _ in linear or hidden]

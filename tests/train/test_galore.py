@@ -361,7 +361,7 @@ def test_groups_that_cannot_be_are_refused(keys: dict[str, Any], words: str) -> 
 
 def test_a_vector_in_a_group_with_a_rank_is_refused() -> None:
     optimizer = GaLoreAdamW(group(zeros(TALL)))
-    with pytest.raises(TrainingError, match=r"parameter of shape \(5,\) .* is no matrix"):
+    with pytest.raises(TrainingError, match=r"parameter of shape \(5,\), .* is no matrix"):
         optimizer.add_param_group({"params": [zeros((5,))], "rank": 1})
     assert len(optimizer.param_groups) == 1
 

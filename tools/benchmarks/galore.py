@@ -69,9 +69,10 @@ def _groups(module: nn.Module) -> list[dict[str, Any]]:
 def _peer(module: nn.Module) -> torch.optim.Optimizer:
     import galore_torch
 
-    # Matrices alone: it has no way with kernels, and the embedding is left out on both sides.
-    groups = [{**group, "scale": 0.25, "proj_type": "std"} for group in _groups(module) if "rank" in group]
-    groups += [{"params": group["params"]} for group in _groups(module) if "rank" not in group]
+    groups = []
+    for group in _groups(module):
+        keys = {"scale": 0.25, "proj_type": "std"} if "rank" in group else {}
+        groups.append({key: value for key, value in group.items() if key != "param_names"} | keys)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return galore_torch.GaLoreAdamW(groups, lr=1e-4)
