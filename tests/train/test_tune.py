@@ -100,18 +100,14 @@ def test_adapters_load_bit_equal_and_merge(digits: Data, tmp_path: Path, name: s
     assert isinstance(edit, Adapters) and edit.rank == 2
     cveff.save(tuned, tmp_path / "tuned")
     loaded = cveff.load(tmp_path / "tuned")
-    tuned.module.to(
-        memory_format=torch.contiguous_format
-    )  # training leaves kernels in another, which rounds otherwise
+    # Training leaves kernels in channels_last memory, which rounds otherwise.
+    tuned.module.to(memory_format=torch.contiguous_format)
     images = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = tuned.module(images)
         assert torch.equal(loaded.module(images), expected)
         merged = cveff.apply(loaded, MergeAdapters())
-        assert merged.spec == model.spec
-        assert {n: v.shape for n, v in merged.module.state_dict().items()} == {
-            n: v.shape for n, v in model.module.state_dict().items()
-        }
+        assert merged.spec.edits == ()
         # Sums in another order.
         torch.testing.assert_close(merged.module(images), expected, rtol=1e-4, atol=1e-5)
     adapted = {f"{path}.weight" for path in edit.layers}
