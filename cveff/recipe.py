@@ -24,7 +24,7 @@ from cveff.errors import RecipeError
 from cveff.recipe_settings import DataSettings, DeploySettings, ModelSettings
 from cveff.schema import parse
 from cveff.steps import Step
-from cveff.train import Train
+from cveff.train import MergeAdapters, Train, Tune
 
 __all__ = [
     "RECIPES",
@@ -50,7 +50,18 @@ RECIPES = Path(__file__).parent / "model_zoo" / "recipes"
 
 def _step_kinds() -> dict[str, type]:
     """The recipe's union: every method a `[[steps]]` table can name by its `kind`."""
-    steps = (Reparameterize, FoldBatchNorm, Train, Prune, LowRank, Distill, Sparsify, Quantize)
+    steps = (
+        Reparameterize,
+        FoldBatchNorm,
+        Train,
+        Prune,
+        LowRank,
+        Distill,
+        Sparsify,
+        Tune,
+        MergeAdapters,
+        Quantize,
+    )
     return {step.kind: step for step in steps}
 
 
@@ -302,7 +313,7 @@ def parse_assignment(text: str) -> tuple[str, Any]:
 
 
 def _trains(step: Step) -> bool:
-    return isinstance(step, (Train, Distill)) or getattr(step, "recover", None) is not None
+    return isinstance(step, (Train, Distill, Tune)) or getattr(step, "recover", None) is not None
 
 
 def _is_folding(step: Step) -> bool:

@@ -43,6 +43,7 @@ SCRIPTS = (
     "repairs",
     "budget",
     "data_efficiency",
+    "galore",
 )
 HELPERS = (
     "architectures",
@@ -335,3 +336,37 @@ def test_a_selection_must_equal_all_images_and_beat_chance(benchmark_module) -> 
     }
     verdict = subject.summary("tokens", list(subject.cells("tokens", 8)), tokens, [0])
     assert verdict["missed"] == [] and verdict["rows"]["dropped"]["speed"] == pytest.approx(1.3)
+
+
+def test_galore_passes_only_with_every_bar(benchmark_module) -> None:
+    subject = benchmark_module("galore")
+    cells = {"AdamW": {"0": 0.93, "1": 0.92}, subject.OURS: {"0": 0.927, "1": 0.918}}
+    good = {
+        "memory": {"bytes": {"AdamW": 100, subject.OURS: 40, subject.OURS_8BIT: 15}},
+        "time": {"step_over_adamw": {subject.OURS: 1.15}},
+        "accuracy": cells,
+    }
+    found = subject.summary(good)
+    assert found["passes"] and found["figures"]["points"] == pytest.approx(0.25)
+    worse = {
+        "memory": {"bytes": {"AdamW": 100, subject.OURS: 41, subject.OURS_8BIT: 15}},
+        "time": {"step_over_adamw": {subject.OURS: 1.16}},
+        "accuracy": cells | {subject.OURS: {"0": 0.92, "1": 0.92}},
+    }
+    for name, value in worse.items():
+        assert subject.summary({**good, name: value})["missed"] == ["points" if name == "accuracy" else name]
+    unequal = subject.summary({**good, "accuracy": cells | {subject.OURS: {"0": 0.93}}})
+    assert unequal["missing"] == ["points"] and not unequal["passes"]
+
+
+def test_a_view_counts_with_all_the_memory_it_holds(benchmark_module) -> None:
+    subject = benchmark_module("galore")
+    parameter = torch.nn.Parameter(torch.zeros(4, 4))
+    optimizer = torch.optim.SGD([parameter])
+    whole = torch.zeros(100)
+    optimizer.state[parameter] = {
+        "a": whole[:2],
+        "b": whole[50:],
+        "projector": SimpleNamespace(m=torch.zeros(3)),
+    }
+    assert subject.state_bytes(optimizer) == 412

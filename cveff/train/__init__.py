@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+from cveff.train.adapters import Adapters, MergeAdapters
 from cveff.train.curriculum import Curriculum
 from cveff.train.difficulty_pass import load_difficulty, measure_difficulty
 from cveff.train.feed import Difficulty
+from cveff.train.galore import GaLoreAdamW, GaLoreSGD
+from cveff.train.galore_groups import galore_groups
+from cveff.train.galore_settings import GaLore
 from cveff.train.importance import Importance
 from cveff.train.resolution import Resolution
 from cveff.train.selection import Selection
 from cveff.train.token_drop import TokenDrop
 from cveff.train.train import Train
+from cveff.train.tune import Tune
 
 __all__ = [
+    "Adapters",
     "Curriculum",
     "Difficulty",
+    "GaLore",
+    "GaLoreAdamW",
+    "GaLoreSGD",
     "Importance",
+    "MergeAdapters",
     "Resolution",
     "Selection",
     "TokenDrop",
     "Train",
+    "Tune",
+    "galore_groups",
     "load_difficulty",
     "measure_difficulty",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +16,11 @@ from torch import nn
 from cveff.data.dataset import Split
 from cveff.errors import CheckpointError, StepError
 from cveff.files import write_json
+from cveff.measure.training_memory import MemoryTracker
 from cveff.model import Model, save_weights
 from cveff.steps import Clock, Run
 from cveff.train.budget import Budget
+from cveff.train.checkpointing import checkpointed
 from cveff.train.compute import Compute, Meter
 from cveff.train.course import Course, Epochs
 from cveff.train.deadline import Deadline
@@ -28,7 +30,7 @@ from cveff.train.feed import Feed
 from cveff.train.finite import require_finite
 from cveff.train.importance import weighted
 from cveff.train.objective import Constraint, CrossEntropy, Objective
-from cveff.train.optimizers import build_optimizer
+from cveff.train.offload import choose_optimizers
 from cveff.train.precision import choose_precision
 from cveff.train.state import differences, identity, load_state, save_state
 from cveff.train.thinning import Thinning
@@ -77,7 +79,12 @@ def fit(model: Model, settings: Train, run: Run, objective: Objective | None = N
     for edit in model.spec.edits:
         if isinstance(edit, Constraint):
             objective = edit.constrained(objective, model.module)
-    return _Trainer(model, settings, run, objective, run.data.train, run.data.val).train()
+    trainer = _Trainer(model, settings, run, objective, run.data.train, run.data.val)
+    with ExitStack() as stack:
+        stack.callback(trainer.optimizer.close)
+        if settings.checkpoint_activations:
+            stack.enter_context(checkpointed(trainer.module))
+        return trainer.train()
 
 
 class _Trainer:
@@ -101,14 +108,7 @@ class _Trainer:
         self.precision = choose_precision(wanted, run.device)
         self.module: nn.Module = model.module.to(run.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.extra = objective.extra.to(run.device).train() if objective.extra is not None else nn.Module()
-        self.optimizer = build_optimizer(
-            self.module,
-            settings.optimizer,
-            settings.peak_learning_rate,
-            settings.weight_decay,
-            settings.momentum,
-            self.extra,
-        )
+        self.optimizer = choose_optimizers(self.module, self.extra, settings, run.device)
         self.average = MovingAverage(self.module, settings.ema) if settings.ema else None
         self.scaler = torch.amp.GradScaler(run.device.type, enabled=self.precision == torch.float16)
         self.batches_per_epoch = self.train_split.num_training_batches(settings.batch_size)
@@ -126,10 +126,13 @@ class _Trainer:
         self.best_weights: dict[str, torch.Tensor] = {}
         self.finished = False
         self.last_saved = time.monotonic()
+        self.epoch_figures: dict[str, float] = {}
 
     def train(self) -> Model:
         if self.run.resume:
             self._resume()
+        # The second step is the first that finds the optimizer's state there.
+        self.watched_step = min(self.step + 1, self.course.total_steps - 1)
         if not self.finished:
             if self.settings.budget is not None:
                 self._start_clock()
@@ -162,7 +165,8 @@ class _Trainer:
         started, limit = time.monotonic(), settings.checkpoint_minutes * 60
         for images, targets in batches:
             next(steps, None)
-            losses.append(self._optimize(images, targets, epoch))
+            optimize = self._optimize_watched if self.step == self.watched_step else self._optimize
+            losses.append(optimize(images, targets, epoch))
             if len(losses) % 50 == 1:  # seldom, as it waits for the device; first, to name what breaks first
                 self._require_finite(losses, images)
             # Never between an epoch's last batch and its validation, which a resumed run would skip.
@@ -173,12 +177,22 @@ class _Trainer:
             if self.course.after_step(self.step):
                 break
         self._require_finite(losses, images)
-        self.epoch_figures = {
+        self.epoch_figures |= {
             "train/loss": float(torch.stack(losses).mean()),
             "train/learning_rate": settings.peak_learning_rate
             * self.course.factor(settings.schedule, self.step - 1),
             "train/images_per_second": len(losses) * settings.batch_size / (time.monotonic() - started),
         }
+
+    def _optimize_watched(self, images: torch.Tensor, targets: torch.Tensor, epoch: int) -> torch.Tensor:
+        """`_optimize`, and who owns its peak of memory."""
+        tracker = MemoryTracker(self.module, self.optimizer.optimizers, self.run.device, [self.extra])
+        with tracker:
+            loss = self._optimize(images, targets, epoch)
+        assert tracker.result is not None
+        self.epoch_figures = tracker.result.figures()
+        self.run.progress.message(str(tracker.result))
+        return loss
 
     def _optimize(self, images: torch.Tensor, targets: torch.Tensor, epoch: int) -> torch.Tensor:
         """One optimizer step on one batch; the mean loss, still on the device."""
@@ -260,6 +274,7 @@ class _Trainer:
         consumed = self._compute().figures(len(self.train_split))
         self.epoch_figures |= {f"seen/{name}": value for name, value in consumed.items()}
         self.run.log.write(self.step, {"epoch": epoch + 1, **self.epoch_figures})
+        self.epoch_figures = {}
         if self.run.folder:
             if self.finished:
                 self._save_model((self.average.module if self.average else self.module).state_dict(), "last")

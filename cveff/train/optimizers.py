@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from cveff.train.galore_settings import GaLore
+from cveff.train.projected import ProjectedOptimizer
+
 
 class ScheduledOptimizers:
     """One or more torch optimizers over disjoint parameters, with their peak learning rates.
@@ -40,6 +43,12 @@ class ScheduledOptimizers:
         for index, optimizer in enumerate(self.optimizers):
             optimizer.load_state_dict(state[str(index)])
             _match_memory_format(optimizer)
+
+    def close(self) -> None:
+        """Leave the parameters' gradients alone from now on: layer-wise updates hang on them."""
+        for optimizer in self.optimizers:
+            if isinstance(optimizer, ProjectedOptimizer):
+                optimizer.remove_hooks()
 
 
 class MatrixMuon(torch.optim.Optimizer):
@@ -84,14 +93,20 @@ def build_optimizer(
     weight_decay: float,
     momentum: float,
     extra: nn.Module | None = None,
+    galore: GaLore | None = None,
 ) -> ScheduledOptimizers:
     """An optimizer over all trainable parameters of `module`; weights with fewer than two dimensions do not decay.
 
     Args:
         extra: a module trained beside it; Muon leaves it to AdamW.
-        name: "sgd", "adamw" or "muon". Muon leaves the first weight, the classifier and everything below two
+        galore: settings of "galore", whose other weights get AdamW.
+        name: "sgd", "adamw", "galore" or "muon". Muon leaves the first weight, the classifier and everything below two
             dimensions to AdamW at a tenth of its learning rate.
     """
+    if name == "galore":
+        return ScheduledOptimizers(
+            [(galore or GaLore()).optimizer(module, learning_rate, weight_decay, extra)]
+        )
     matrices, vectors = _trainable(module)
     hidden = [parameter for parameter in matrices[1:-1] if parameter.ndim in (2, 4)]
     if extra is not None:

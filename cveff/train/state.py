@@ -58,7 +58,9 @@ def load_state(path: Path) -> dict[str, Any]:
 def identity(settings: Mapping[str, Any], objective: Mapping[str, Any], **others: Any) -> dict[str, Any]:
     """What must be equal for a state to fit a run: the settings, the model, the data and the seed."""
     # These change how fast the work goes, not what comes out.
-    kept = {key: value for key, value in settings.items() if key not in ("num_workers", "checkpoint_minutes")}
+    speed = ("num_workers", "checkpoint_minutes", "checkpoint_activations", "offload_optimizer")
+    without = speed if settings["optimizer"] == "galore" else (*speed, "galore")
+    kept = {key: value for key, value in settings.items() if key not in without}
     kept["difficulty"] = {
         key: str(value) if isinstance(value, Path) else value
         for key, value in settings["difficulty"].items()

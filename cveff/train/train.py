@@ -12,13 +12,14 @@ from cveff.steps import Run
 from cveff.train.budget import parse_duration
 from cveff.train.curriculum import Curriculum
 from cveff.train.feed import Difficulty
+from cveff.train.galore_settings import GaLore
 from cveff.train.importance import Importance
 from cveff.train.loop import fit
 from cveff.train.resolution import Resolution
 from cveff.train.selection import Selection
 from cveff.train.token_drop import TokenDrop
 
-DEFAULT_LEARNING_RATE = {"sgd": 0.1, "adamw": 1e-3, "muon": 0.02}
+DEFAULT_LEARNING_RATE = {"sgd": 0.1, "adamw": 1e-3, "muon": 0.02, "galore": 1e-3}
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,9 @@ class Train:
             and what the run scores afterwards included. `epochs` then only says what share `warmup_epochs` is.
         batch_size: images an optimizer step sees.
         accumulation: parts a batch is computed in, to save memory; must divide `batch_size`.
-        optimizer: "sgd" (Nesterov momentum), "adamw", or "muon" (Muon for hidden weight matrices and
-            convolutions, AdamW for the rest).
-        learning_rate: peak; by default 0.1 (sgd), 1e-3 (adamw), 0.02 (muon).
+        optimizer: "sgd" (Nesterov momentum), "adamw", "muon" (Muon for hidden weight matrices and
+            convolutions, AdamW for the rest), or "galore" (AdamW with low-rank state for the same).
+        learning_rate: peak; by default 0.1 (sgd), 1e-3 (adamw, galore), 0.02 (muon).
         weight_decay: on weights with two or more dimensions; never on biases, norms and scales.
         momentum: of sgd and muon.
         schedule: "cosine" to zero, "one-cycle" (cosine up for 30%, then down; Smith 2018), "triangular"
@@ -57,6 +58,10 @@ class Train:
         importance: draw images from which more is to be learned more often.
         resolution: train on smaller images first.
         token_drop: let the blocks of a vision transformer see a part of the tokens (random-LTD).
+        galore: settings of the optimizer "galore".
+        checkpoint_activations: keep each block's input alone and compute the rest again in the backward pass: less
+            memory, about a third more time, the same weights.
+        offload_optimizer: keep the optimizer's state in the CPU's memory and step there; for a GPU.
 
     Raises:
         TrainingError: at construction, for a value out of range or settings that contradict each other.
@@ -65,7 +70,7 @@ class Train:
     epochs: int = 30
     batch_size: int = 128
     accumulation: int = 1
-    optimizer: Literal["sgd", "adamw", "muon"] = "sgd"
+    optimizer: Literal["sgd", "adamw", "muon", "galore"] = "sgd"
     learning_rate: float | None = None
     weight_decay: float = 5e-4
     momentum: float = 0.9
@@ -88,6 +93,9 @@ class Train:
     importance: Importance | None = None
     resolution: Resolution | None = None
     token_drop: TokenDrop | None = None
+    galore: GaLore = field(default_factory=GaLore)
+    checkpoint_activations: bool = False
+    offload_optimizer: bool = False
 
     kind: ClassVar[str] = "train"
     requires: ClassVar[tuple[str, ...]] = ("data",)
@@ -96,7 +104,7 @@ class Train:
         self._check("epochs", self.epochs >= 0, "0 or more")
         self._check("batch_size", self.batch_size >= 2, "2 or more (batch norm needs more than one image)")
         self._check("accumulation", self.accumulation >= 1, "1 or more")
-        self._check("optimizer", self.optimizer in DEFAULT_LEARNING_RATE, "sgd, adamw or muon")
+        self._check("optimizer", self.optimizer in DEFAULT_LEARNING_RATE, "sgd, adamw, muon or galore")
         self._check(
             "learning_rate", self.learning_rate is None or self.learning_rate > 0, "a positive number"
         )
@@ -130,6 +138,12 @@ class Train:
                 f"train.accumulation {self.accumulation} does not divide train.batch_size {self.batch_size}; "
                 "choose a divisor"
             )
+        if self.offload_optimizer and (self.precision == "fp16" or self.galore.layerwise):
+            raise TrainingError(
+                "train.offload_optimizer steps on the CPU after the backward pass, which neither precision 'fp16' nor "
+                "galore.layerwise can; turn one off"
+            )
+        self._check_galore(self.galore)
         if self.warmup_epochs > self.epochs > 0:
             raise TrainingError(
                 f"train.warmup_epochs {self.warmup_epochs} is longer than train.epochs {self.epochs}; shorten it"
@@ -151,6 +165,23 @@ class Train:
     def _check_together(self, first: str, second: str, reason: str) -> None:
         if getattr(self, first) is not None and getattr(self, second) is not None:
             raise TrainingError(f"train.{first} and train.{second}: {reason}; leave one out")
+
+    def _check_galore(self, galore: GaLore) -> None:
+        if self.optimizer != "galore" and galore != GaLore():
+            raise TrainingError(
+                f"train.galore is set and train.optimizer is {self.optimizer!r}; use 'galore', or leave it out"
+            )
+        conflicts = {
+            "accumulation": self.accumulation > 1,
+            "clip_norm": self.clip_norm > 0,
+            "precision": self.precision == "fp16",
+        }
+        for name, conflict in conflicts.items():
+            if galore.layerwise and conflict:
+                raise TrainingError(
+                    f"train.{name} is {getattr(self, name)!r}, and train.galore.layerwise updates each weight before "
+                    f"all gradients are there; set layerwise to false, or leave {name} out"
+                )
 
     def _check(self, name: str, holds: bool, wanted: str) -> None:
         if not holds:

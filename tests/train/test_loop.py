@@ -72,7 +72,7 @@ def test_training_learns_digits(digits: Data, tmp_path: Path) -> None:
     assert max(line["val/accuracy"] for line in lines) == figures["accuracy"]
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "muon"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "muon", "galore"])
 def test_resuming_between_epochs_is_bit_identical(digits: Data, tmp_path: Path, optimizer: str) -> None:
     settings = replace(SETTINGS, optimizer=optimizer, learning_rate=None, keep="last")
     whole = cveff.apply(tiny(digits, drop_rate=0.2), settings, data=digits)
@@ -241,7 +241,7 @@ def test_memory_split_is_what_digits_are(digits: Data) -> None:
         ({"epochs": -1}, "epochs is -1"),
         ({"batch_size": 1}, "batch norm"),
         ({"accumulation": 3}, "does not divide"),
-        ({"optimizer": "adam"}, "sgd, adamw or muon"),
+        ({"optimizer": "adam"}, "sgd, adamw, muon or galore"),
         ({"learning_rate": 0.0}, "positive"),
         ({"ema": 1.0}, "decay"),
         ({"label_smoothing": 1.0}, r"\[0, 1\)"),

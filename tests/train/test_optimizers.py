@@ -27,7 +27,7 @@ def step(module: nn.Module, optimizer: object) -> None:
     optimizer.step()
 
 
-@pytest.mark.parametrize("name", ["sgd", "adamw", "muon"])
+@pytest.mark.parametrize("name", ["sgd", "adamw", "muon", "galore"])
 def test_every_parameter_is_updated_once_and_norms_do_not_decay(name: str) -> None:
     module = network()
     before = copy.deepcopy(module.state_dict())
@@ -63,7 +63,7 @@ def test_muon_does_not_depend_on_the_memory_format() -> None:
     torch.testing.assert_close(results[0], results[1], atol=2e-3, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["sgd", "adamw", "muon"])
+@pytest.mark.parametrize("name", ["sgd", "adamw", "muon", "galore"])
 def test_optimizer_state_survives_a_file(name: str, tmp_path) -> None:
     module = network().to(memory_format=torch.channels_last)
     optimizer = build_optimizer(module, name, 0.01, 0.1, 0.9)
