@@ -111,7 +111,13 @@ def _text_config(model: Any) -> Any:
             f"the model's generation_config asks for a {wanted!r} cache, whose size is fixed; set "
             "model.generation_config.cache_implementation = None"
         )
-    return config.get_text_config(decoder=True)
+    text = config.get_text_config(decoder=True)
+    if getattr(text, "attn_logit_softcapping", None) is not None:
+        raise CacheError(
+            f"{type(model).__name__} caps its attention softly, which scaled_dot_product_attention cannot; "
+            "its cache is not compressed"
+        )
+    return text
 
 
 def _windows(config: Any) -> list[int | None]:
