@@ -41,6 +41,7 @@ SCRIPTS = (
     "weight_only",
     "quantize_peers",
     "repairs",
+    "kv_cache",
 )
 HELPERS = (
     "architectures",
@@ -50,6 +51,8 @@ HELPERS = (
     "common",
     "dense_models",
     "emulated",
+    "kv_cache_models",
+    "kv_cache_parts",
     "latency_table_models",
     "latency_table_slimmed",
     "modelopt_peer",

@@ -48,7 +48,9 @@ def register(app: typer.Typer) -> None:
 
 
 def generate(
-    model: Annotated[str, typer.Argument(help="A transformers model: a folder, or a name that is on this disk.")],
+    model: Annotated[
+        str, typer.Argument(help="A transformers model: a folder, or a name that is on this disk.")
+    ],
     prompt: Annotated[str | None, typer.Argument(help="Text to go on from.")] = None,
     prompt_file: Annotated[
         Path | None, typer.Option("--prompt-file", help="Read the text from a file instead.")
@@ -61,12 +63,19 @@ def generate(
     ] = 0.95,
     budget: Annotated[
         float,
-        typer.Option("--budget", help="Of the others: share of the prompt that is kept, or tokens from 2 on."),
+        typer.Option(
+            "--budget", help="Of the others: share of the prompt that is kept, or tokens from 2 on."
+        ),
     ] = 0.5,
     bits: Annotated[Bits | None, typer.Option("--bits", help="Pack older tokens into so many bits.")] = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Length of the answer.")] = 64,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", min=1, help="Length of the answer.")
+    ] = 64,
     sample: Annotated[
-        bool, typer.Option("--sample", help="Draw tokens (temperature 0.6, top-p 0.9) rather than take the likeliest.")
+        bool,
+        typer.Option(
+            "--sample", help="Draw tokens (temperature 0.6, top-p 0.9) rather than take the likeliest."
+        ),
     ] = False,
     heat_map: Annotated[
         Path | None, typer.Option("--heat-map", help="Draw what every head keeps: .svg, .png or .pdf.")
@@ -134,7 +143,10 @@ def show(found: Generated) -> None:
     rows: list[tuple[str, Any]] = [
         ("policy", found.policy),
         ("tokens", f"{found.prompt_tokens} of prompt, {found.new_tokens} generated"),
-        ("cache in use", f"{size(found.live_nbytes)}, {100 * found.live_nbytes / found.full_nbytes:.1f}% of full"),
+        (
+            "cache in use",
+            f"{size(found.live_nbytes)}, {100 * found.live_nbytes / found.full_nbytes:.1f}% of full",
+        ),
         ("cache allocated", size(found.nbytes)),
         ("full cache", size(found.full_nbytes)),
         ("tokens kept", f"{100 * found.kept:.1f}% in full-attention layers"),

@@ -18,11 +18,11 @@ from cveff.kv.snapkv import SnapKV
 from cveff.kv.streaming_llm import StreamingLLM
 
 __all__ = [
+    "H2O",
     "KIVI",
     "AdaKV",
     "FastGen",
     "Full",
-    "H2O",
     "ImagePrefix",
     "Marks",
     "Policy",

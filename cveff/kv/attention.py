@@ -42,7 +42,9 @@ def ragged_attention(
         return out
     for name in ("softcap", "s_aux", "position_bias"):
         if kwargs.get(name) is not None:
-            raise CacheError(f"{type(module).__name__} gives attention a {name!r}, which a compressed cache ignores")
+            raise CacheError(
+                f"{type(module).__name__} gives attention a {name!r}, which a compressed cache ignores"
+            )
     if kwargs.get("dropout"):
         raise CacheError("attention has dropout; a compressed cache is for inference: model.eval()")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling

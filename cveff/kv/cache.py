@@ -99,7 +99,9 @@ class RaggedCache(Cache):
         """
         found = self.compressed.get(layer)
         if found is None or found.kv is None:
-            raise CacheError(f"layer {layer} holds no compressed tokens; compressed are {sorted(self.compressed)}")
+            raise CacheError(
+                f"layer {layer} holds no compressed tokens; compressed are {sorted(self.compressed)}"
+            )
         return found.kv.contents(row, head)
 
     def see(self, input_ids: Tensor | None) -> None:

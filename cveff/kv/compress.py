@@ -65,7 +65,9 @@ def compress(
     check_count("slack", slack)
     rerotates = isinstance(policy, StreamingLLM)
     if rerotates and storage is not None:
-        raise CacheError("StreamingLLM re-rotates its first keys, which packed storage cannot; leave storage out")
+        raise CacheError(
+            "StreamingLLM re-rotates its first keys, which packed storage cannot; leave storage out"
+        )
     text = _text_config(model)
     windows = _windows(text)
     before = _implementations(model)
@@ -133,7 +135,10 @@ def _windows(config: Any) -> list[int | None]:
             f"all {len(types)} layers attend within a sliding window, which bounds their cache already; "
             "there is nothing to compress"
         )
-    return [given.get("sliding_window") if kind == _SLIDING else None for kind, given in zip(types, arguments, strict=True)]
+    return [
+        given.get("sliding_window") if kind == _SLIDING else None
+        for kind, given in zip(types, arguments, strict=True)
+    ]
 
 
 def _implementations(model: Any) -> list[tuple[Any, str]]:

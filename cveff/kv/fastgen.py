@@ -162,7 +162,13 @@ class FastGen:
             counted = mass[..., rows[first:last]]
             if counted.shape[-1]:
                 part = counted.amin(-1) if self.reduce == "min" else counted.sum(-1)
-                total = part if total is None else torch.minimum(total, part) if self.reduce == "min" else total + part
+                total = (
+                    part
+                    if total is None
+                    else torch.minimum(total, part)
+                    if self.reduce == "min"
+                    else total + part
+                )
         if total is None:  # the last rows are all of an image
             return torch.zeros(len(rules), prompt.num_heads)
         if self.reduce != "min":
@@ -171,4 +177,6 @@ class FastGen:
 
 
 def _without_window(rule: Rule) -> Rule:
-    return Rule(tags=rule.tags, frequent=rule.frequent, normalize=rule.normalize, only_pinned=True, length=rule.length)
+    return Rule(
+        tags=rule.tags, frequent=rule.frequent, normalize=rule.normalize, only_pinned=True, length=rule.length
+    )

@@ -94,7 +94,9 @@ def generate_text(
         raise CacheError("the prompt has no tokens; give some text")
     torch.manual_seed(seed)
     clock = _Clock()
-    drawn = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 0} if sample else {"do_sample": False}
+    drawn = (
+        {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 0} if sample else {"do_sample": False}
+    )
     progress.message("generating")
     with compress(model, policy, tokenizer=tokenizer, storage=storage) as cache:
         start = time.perf_counter()
@@ -144,6 +146,8 @@ def _load(name: str, device: str | None, progress: Progress) -> tuple[Any, Any]:
         model = AutoModelForCausalLM.from_pretrained(name, local_files_only=True, attn_implementation="sdpa")
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise CacheError(f"{name} is no causal language model with a tokenizer on this disk: {reason}") from error
+        raise CacheError(
+            f"{name} is no causal language model with a tokenizer on this disk: {reason}"
+        ) from error
     target = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return model.to(target).eval(), tokenizer

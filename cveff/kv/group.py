@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from cveff.kv.kivi import KIVI, Packed
 from cveff.kv.prompt import CHUNK
@@ -61,7 +61,9 @@ class Group:
         storage: how packed blocks are read.
     """
 
-    def __init__(self, segments: Sequence[Segment], capacity: int, num_heads: int, storage: KIVI | None) -> None:
+    def __init__(
+        self, segments: Sequence[Segment], capacity: int, num_heads: int, storage: KIVI | None
+    ) -> None:
         first = segments[0]
         self._storage = storage
         self.rules = [segment.rule for segment in segments]
@@ -71,7 +73,9 @@ class Group:
         device = first.keys.device
         self._index = torch.tensor(self.indices, device=device)
         self._rows = torch.tensor(self.rows, device=device)
-        self._tags = torch.tensor([rule.tags for rule in self.rules], device=device, dtype=torch.uint8)[:, None]
+        self._tags = torch.tensor([rule.tags for rule in self.rules], device=device, dtype=torch.uint8)[
+            :, None
+        ]
         count = len(segments)
         # Free slots are masked, and 0 · NaN would show through a mask: they have to be finite.
         self._keys = first.keys.new_zeros(count, capacity, first.keys.shape[1])
@@ -171,7 +175,11 @@ class Group:
         if step.length == 1:
             end = self.lengths[0]
             if self.lengths.count(end) == len(self.lengths):
-                self._keys[:, end], self._values[:, end], self._codes[:, end] = keys[:, 0], values[:, 0], codes[:, 0]
+                self._keys[:, end], self._values[:, end], self._codes[:, end] = (
+                    keys[:, 0],
+                    values[:, 0],
+                    codes[:, 0],
+                )
             else:
                 slots = torch.tensor(self.lengths, device=keys.device)
                 lines = torch.arange(len(self.lengths), device=keys.device)
@@ -209,7 +217,9 @@ class Group:
         keys, values = self._keys[:, :end], self._values[:, :end]
         if self._packed is not None and self._storage is not None:
             keys = torch.cat([self._storage.unpack_keys(self._packed.keys).flatten(1, 2), keys], dim=1)
-            values = torch.cat([self._storage.unpack_values(self._packed.values).flatten(1, 2), values], dim=1)
+            values = torch.cat(
+                [self._storage.unpack_values(self._packed.values).flatten(1, 2), values], dim=1
+            )
         queries = self._mine(queries)
         parts = []
         for first in range(0, step.length, CHUNK):
@@ -292,7 +302,13 @@ class Group:
         return None if step.valid is None else step.valid[self._rows, first:last]
 
     def _attend(
-        self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float, counted: Tensor | None
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        mask: Tensor | None,
+        scale: float,
+        counted: Tensor | None,
     ) -> Tensor:
         count, group, rows, _ = queries.shape
         flat = queries.reshape(count, group * rows, -1)

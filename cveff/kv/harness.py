@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from cveff.errors import CacheError
 from cveff.kv.compress import compress
@@ -30,6 +30,7 @@ class Quality:
         live_nbytes: in use.
         full_nbytes: what an uncompressed cache would use.
         kept: share of the tokens of full-attention layers that is kept when the prompt ends, mean over windows.
+        kept_at_end: the same after the last token.
         removed: share of the bytes of full-attention layers that is gone at the end.
         labels: how often the policy chose what, over windows, layers and heads.
     """
@@ -40,6 +41,7 @@ class Quality:
     live_nbytes: float
     full_nbytes: float
     kept: float
+    kept_at_end: float
     removed: float
     labels: dict[str, int]
 
@@ -82,12 +84,17 @@ def perplexity(
             for at in range(prompt, len(window) - 1):
                 positions = torch.tensor([[at]], device=ids.device)
                 out = model(
-                    input_ids=ids[:, at : at + 1], position_ids=positions, past_key_values=cache, use_cache=True
+                    input_ids=ids[:, at : at + 1],
+                    position_ids=positions,
+                    past_key_values=cache,
+                    use_cache=True,
                 )
                 losses.append(float(F.cross_entropy(out.logits[0, -1:].float(), ids[0, at + 1 : at + 2])))
         sliding = cache.sliding_nbytes
         removed = 1 - (cache.live_nbytes - sliding) / (cache.full_nbytes - sliding)
-        figures.append((cache.nbytes, cache.live_nbytes, cache.full_nbytes, share, removed))
+        figures.append(
+            (cache.nbytes, cache.live_nbytes, cache.full_nbytes, share, kept_share(cache), removed)
+        )
         for rows in cache.labels().values():
             for label in (label for row in rows for label in row):
                 labels[label] = labels.get(label, 0) + 1
@@ -98,7 +105,9 @@ def perplexity(
 def kept_share(cache: Any) -> float:
     """Share of the tokens of full-attention layers that a cache keeps now."""
     kept = [length for rows in cache.kept().values() for row in rows for length in row]
-    seen = [count for layer in cache.compressed.values() for count in layer.kv.seen for _ in layer.kv.kept()[0]]
+    seen = [
+        count for layer in cache.compressed.values() for count in layer.kv.seen for _ in layer.kv.kept()[0]
+    ]
     return sum(kept) / sum(seen)
 
 
@@ -135,19 +144,30 @@ def needles(tokenizer: Any, filler: str, length: int, count: int, seed: int = 0)
         number = str(int(torch.randint(10_000, 100_000, (), generator=generator)))
         said = tokenizer(f"\nThe secret number is {number}.\n", add_special_tokens=False).input_ids
         asked = tokenizer("\nThe secret number is", add_special_tokens=False).input_ids
-        answered = tokenizer(f"\nThe secret number is {number}", add_special_tokens=False).input_ids[len(asked) :]
+        answered = tokenizer(f"\nThe secret number is {number}", add_special_tokens=False).input_ids[
+            len(asked) :
+        ]
         room = length - len(begin) - len(said) - len(asked)
         if not 0 < room <= len(words):
-            raise CacheError(f"{length} tokens leave room for {room} of the filler's {len(words)}; give more text")
+            raise CacheError(
+                f"{length} tokens leave room for {room} of the filler's {len(words)}; give more text"
+            )
         start = int(torch.randint(0, len(words) - room + 1, (), generator=generator))
         place = int(torch.randint(0, room, (), generator=generator))
         text = words[start : start + room]
-        yield Needle(torch.tensor([*begin, *text[:place], *said, *text[place:], *asked]), torch.tensor(answered))
+        yield Needle(
+            torch.tensor([*begin, *text[:place], *said, *text[place:], *asked]), torch.tensor(answered)
+        )
 
 
 @torch.no_grad()
 def recall(
-    model: Any, asked: Sequence[Needle], policy: Policy, *, marks: Marks | None = None, storage: KIVI | None = None
+    model: Any,
+    asked: Sequence[Needle],
+    policy: Policy,
+    *,
+    marks: Marks | None = None,
+    storage: KIVI | None = None,
 ) -> float:
     """Share of needles whose whole answer is the most likely one, token after token.
 
@@ -162,7 +182,9 @@ def recall(
             right = True
             for expected in needle.answer:
                 positions = torch.tensor([[at]], device=token.device)
-                out = model(input_ids=token[None], position_ids=positions, past_key_values=cache, use_cache=True)
+                out = model(
+                    input_ids=token[None], position_ids=positions, past_key_values=cache, use_cache=True
+                )
                 right = right and int(out.logits[0, -1].argmax()) == int(expected)
                 at, token = at + 1, expected[None]
             found += right

@@ -21,7 +21,9 @@ def kept_shares(cache: Any) -> tuple[list[int], list[list[float]]]:
     shares = []
     for index, rows in kept.items():
         seen = cache.compressed[index].kv.seen
-        columns = zip(*([length / n for length in row] for row, n in zip(rows, seen, strict=True)), strict=True)
+        columns = zip(
+            *([length / n for length in row] for row, n in zip(rows, seen, strict=True)), strict=True
+        )
         shares.append([sum(column) / len(seen) for column in columns])
     return list(kept), shares
 

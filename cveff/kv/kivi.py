@@ -107,7 +107,12 @@ class KIVI:
         low, high = x.amin(dim, keepdim=True), x.amax(dim, keepdim=True)
         scale = (high - low) / (2**self.bits - 1)
         # A constant group has no range; its codes are 0 and the zero alone says what it is.
-        codes = ((x - low) / torch.where(scale > 0, scale, 1)).round_().clamp_(0, 2**self.bits - 1).to(torch.uint8)
+        codes = (
+            ((x - low) / torch.where(scale > 0, scale, 1))
+            .round_()
+            .clamp_(0, 2**self.bits - 1)
+            .to(torch.uint8)
+        )
         per_byte = 8 // self.bits
         parts = codes.unflatten(-1, (-1, per_byte))
         packed = parts[..., 0].clone()

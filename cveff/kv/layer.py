@@ -50,7 +50,9 @@ class RaggedLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing is allocated before the prompt is known."""
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         """Hand the new keys (B, H, T, D) and values (B, H, T, E) on to the attention function, which stores them.
 
         Raises:
@@ -65,7 +67,13 @@ class RaggedLayer(CacheLayerMixin):
         return carrier, value_states
 
     def attend(
-        self, module: nn.Module, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float
+        self,
+        module: nn.Module,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        mask: Tensor | None,
+        scale: float,
     ) -> Tensor:
         """Attend, and store the new tokens.
 
@@ -114,7 +122,9 @@ class RaggedLayer(CacheLayerMixin):
 
     def reorder_cache(self, beam_idx: Tensor) -> NoReturn:
         """Raise: not supported."""
-        raise CacheError("beam search moves sequences within the cache, which a ragged one cannot; use num_beams=1")
+        raise CacheError(
+            "beam search moves sequences within the cache, which a ragged one cannot; use num_beams=1"
+        )
 
     def crop(self, tokens_to_remove: int) -> NoReturn:
         """Raise: evicted tokens do not come back."""
@@ -128,7 +138,9 @@ class RaggedLayer(CacheLayerMixin):
 
     def batch_select_indices(self, indices: Tensor) -> NoReturn:
         """Raise: not supported."""
-        raise CacheError("sequences of a compressed cache cannot be picked out; give them caches of their own")
+        raise CacheError(
+            "sequences of a compressed cache cannot be picked out; give them caches of their own"
+        )
 
     def offload(self) -> NoReturn:
         """Raise: not supported."""
@@ -168,9 +180,13 @@ class RaggedLayer(CacheLayerMixin):
 
     def _check(self, keys: Tensor, values: Tensor) -> None:
         if not self._cache.is_open:
-            raise CacheError("the cache is used outside its `with cveff.kv.compress(…)` block; generate inside it")
+            raise CacheError(
+                "the cache is used outside its `with cveff.kv.compress(…)` block; generate inside it"
+            )
         if self._is_pending:
-            raise CacheError("the model's attention did not go through the cache; was its implementation changed?")
+            raise CacheError(
+                "the model's attention did not go through the cache; was its implementation changed?"
+            )
         if torch.is_grad_enabled() and keys.requires_grad:
             raise CacheError("a compressed cache is for inference; generate under torch.no_grad()")
         if keys.dtype != values.dtype:

@@ -69,7 +69,9 @@ def _named(config: Any, names: tuple[str, ...]) -> frozenset[int]:
     found: set[int] = set()
     for name in names:
         value = getattr(config, name, None)
-        found |= set(value) if isinstance(value, list | tuple) else {value} if isinstance(value, int) else set()
+        found |= (
+            set(value) if isinstance(value, list | tuple) else {value} if isinstance(value, int) else set()
+        )
     return frozenset(found)
 
 

@@ -124,7 +124,13 @@ def _kind(segment: Segment) -> tuple[bool, bool, int, int]:
 
 
 def first_segments(
-    keys: Tensor, values: Tensor, keep: Tensor, codes: Tensor, scores: Tensor | None, rules: Sequence[Rule], row: int
+    keys: Tensor,
+    values: Tensor,
+    keep: Tensor,
+    codes: Tensor,
+    scores: Tensor | None,
+    rules: Sequence[Rule],
+    row: int,
 ) -> list[Segment]:
     """Segments of a sequence at the end of its prefill.
 

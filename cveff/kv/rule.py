@@ -71,7 +71,11 @@ def positions(codes: Tensor) -> Tensor:
 
 
 def keep_mask(
-    codes: Tensor, scores: Tensor | None, rules: Sequence[Rule], seen: Sequence[int], alive: Tensor | None = None
+    codes: Tensor,
+    scores: Tensor | None,
+    rules: Sequence[Rule],
+    seen: Sequence[int],
+    alive: Tensor | None = None,
 ) -> Tensor:
     """Which slots are kept.
 
@@ -88,7 +92,9 @@ def keep_mask(
     place = positions(codes)
     everything = [not rule.evicts for rule in rules]
     keep = (codes & PINNED) != 0
-    starts = [0 if all_ else s - rule.window(s) for rule, s, all_ in zip(rules, seen, everything, strict=True)]
+    starts = [
+        0 if all_ else s - rule.window(s) for rule, s, all_ in zip(rules, seen, everything, strict=True)
+    ]
     recent = place >= torch.tensor(starts, device=codes.device, dtype=codes.dtype)[:, None]
     heavy = [0 if all_ else rule.heavy(s) for rule, s, all_ in zip(rules, seen, everything, strict=True)]
     if scores is not None and any(heavy):

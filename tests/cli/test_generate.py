@@ -20,7 +20,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     path = tmp_path_factory.mktemp("llama")
     words = ["<s>", "</s>", "<unk>", ".", ",", *(f"w{index}" for index in range(60))]
-    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer = Tokenizer(
+        models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>")
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
@@ -39,9 +41,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 PROMPT = " ".join(f"w{index % 60}" + (" ." if index % 7 == 6 else "") for index in range(70))
 
 
-@pytest.mark.parametrize("policy", ["fastgen", "h2o", "streaming-llm", "snapkv", "pyramidkv", "adakv", "random", "full"])
+@pytest.mark.parametrize(
+    "policy", ["fastgen", "h2o", "streaming-llm", "snapkv", "pyramidkv", "adakv", "random", "full"]
+)
 def test_json_has_tokens_bytes_and_speed(policy, folder, capsys) -> None:
-    words = ["generate", str(folder), PROMPT, "--policy", policy, "--budget", "40", "--max-new-tokens", "6", "--json"]
+    words = [
+        "generate",
+        str(folder),
+        PROMPT,
+        "--policy",
+        policy,
+        "--budget",
+        "40",
+        "--max-new-tokens",
+        "6",
+        "--json",
+    ]
     assert main(words) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["prompt_tokens"] == 80
@@ -58,7 +73,17 @@ def test_text_table_and_picture(folder, tmp_path, capsys) -> None:
     picture = tmp_path / "kept.svg"
     prompt = tmp_path / "prompt.txt"
     prompt.write_text(PROMPT, encoding="utf-8")
-    words = ["--prompt-file", str(prompt), "--recovery", "0.5", "--bits", "4", "--heat-map", str(picture), "--sample"]
+    words = [
+        "--prompt-file",
+        str(prompt),
+        "--recovery",
+        "0.5",
+        "--bits",
+        "4",
+        "--heat-map",
+        str(picture),
+        "--sample",
+    ]
     assert main(["generate", str(folder), *words, "--max-new-tokens", "5"]) == 0
     out = capsys.readouterr().out
     assert "80 of prompt, 5 generated" in out

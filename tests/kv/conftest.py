@@ -90,7 +90,9 @@ def forced(model: Any, cache: Any, ids: Tensor, mask: Tensor, more: Tensor, afte
         if step:
             mask = torch.cat([mask, torch.ones_like(new)], dim=1)
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -new.shape[1] :]
-        out = model(input_ids=new, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
+        out = model(
+            input_ids=new, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+        )
         logits.append(out.logits[:, -1])
         if after is not None:
             after()
@@ -112,7 +114,14 @@ class MaskedAttention:
         self._kept, self._mask = kept, mask
 
     def __call__(
-        self, module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, scaling: float, **_: Any
+        self,
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Any,
+        scaling: float,
+        **_: Any,
     ) -> tuple[Tensor, None]:
         batch, heads, total, _ = key.shape
         group = query.shape[1] // heads

@@ -53,7 +53,9 @@ def test_beam_search(family, prompt) -> None:
     model = family("llama")
     ids, mask = prompt()
     with compress(model, H2O()) as cache, pytest.raises(CacheError, match="beam search"):
-        model.generate(ids, attention_mask=mask, num_beams=2, max_new_tokens=4, past_key_values=cache, do_sample=False)
+        model.generate(
+            ids, attention_mask=mask, num_beams=2, max_new_tokens=4, past_key_values=cache, do_sample=False
+        )
 
 
 def test_cropping_and_assisted_generation(family, prompt) -> None:
@@ -100,7 +102,10 @@ def test_models_whose_layers_all_slide() -> None:
             num_key_value_heads=1, sliding_window=8,
         )
     )  # fmt: skip
-    with pytest.raises(CacheError, match="all 2 layers attend within a sliding window"), compress(model, H2O()):
+    with (
+        pytest.raises(CacheError, match="all 2 layers attend within a sliding window"),
+        compress(model, H2O()),
+    ):
         pass
 
 
@@ -124,7 +129,9 @@ def test_eager_models_are_given_back_eager(family, prompt) -> None:
 
 
 def test_encoders_with_decoders_and_other_modules() -> None:
-    t5 = T5ForConditionalGeneration(T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2))
+    t5 = T5ForConditionalGeneration(
+        T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    )
     with pytest.raises(CacheError, match="encoder with a decoder"), compress(t5, H2O()):
         pass
     with pytest.raises(CacheError, match="no transformers model"), compress(torch.nn.Linear(2, 2), H2O()):

@@ -7,7 +7,7 @@ import torch
 from transformers import AttentionInterface, DynamicCache
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from cveff.kv import KIVI, AdaKV, FastGen, Full, H2O, PyramidKV, Random, SnapKV, StreamingLLM, compress
+from cveff.kv import H2O, KIVI, AdaKV, FastGen, Full, PyramidKV, Random, SnapKV, StreamingLLM, compress
 
 FAMILIES = ("llama", "qwen2", "qwen3", "gemma3", "phi", "opt")
 EVICTING = (
@@ -77,7 +77,10 @@ def test_ragged_equals_masked_through_50_steps(
         heads = {index: len(rows[0]) for index, rows in cache.kept().items()}
         kept.append(
             {
-                index: [[cache.contents(index, row, head)[2].tolist() for head in range(heads[index])] for row in range(batch)]
+                index: [
+                    [cache.contents(index, row, head)[2].tolist() for head in range(heads[index])]
+                    for row in range(batch)
+                ]
                 for index in cache.compressed
             }
         )
@@ -85,11 +88,18 @@ def test_ragged_equals_masked_through_50_steps(
     with compress(model, policy, slack=4) as cache:
         ours = teacher_forced(model, cache, ids, mask, more, after=note)
     AttentionInterface.register("test_masked", masked_attention(kept, mask))
-    AttentionMaskInterface.register("test_masked", lambda **arguments: sdpa_mask(**{**arguments, "allow_is_causal_skip": False}))
+    AttentionMaskInterface.register(
+        "test_masked", lambda **arguments: sdpa_mask(**{**arguments, "allow_is_causal_skip": False})
+    )
     model.config._attn_implementation = "test_masked"
     theirs = teacher_forced(model, DynamicCache(config=model.config), ids, mask, more)
     assert torch.allclose(ours, theirs, atol=1e-4)
-    total = sum(len(kept[-1][index][row][head]) for index in kept[-1] for row in range(batch) for head in range(len(kept[-1][index][row])))
+    total = sum(
+        len(kept[-1][index][row][head])
+        for index in kept[-1]
+        for row in range(batch)
+        for head in range(len(kept[-1][index][row]))
+    )
     seen = sum(int(mask[row].sum()) + 50 for row in range(batch))
     assert total < seen * sum(len(kept[-1][index][0]) for index in kept[-1]), "nothing was evicted"
 
@@ -122,7 +132,9 @@ def test_positions_go_on_after_eviction_and_a_wrong_offset_shows(family, prompt,
         lambda module, args, kwargs: seen.extend(kwargs["position_ids"][0].tolist()), with_kwargs=True
     )
     with compress(model, H2O(heavy=4, recent=4)) as cache:
-        out = model.generate(ids, attention_mask=mask, max_new_tokens=20, do_sample=False, past_key_values=cache)
+        out = model.generate(
+            ids, attention_mask=mask, max_new_tokens=20, do_sample=False, past_key_values=cache
+        )
     hook.remove()
     assert out.shape[1] == 60
     assert seen == list(range(59))
@@ -154,7 +166,9 @@ def test_sampling_is_reproducible_and_returns_several_sequences(family, prompt) 
 
 
 @pytest.mark.parametrize("name", ["llama", "phi", "gemma3", "qwen3"])
-def test_streaming_llm_is_the_model_run_on_sinks_and_window_alone(name, family, prompt, teacher_forced) -> None:
+def test_streaming_llm_is_the_model_run_on_sinks_and_window_alone(
+    name, family, prompt, teacher_forced
+) -> None:
     """In a model of one layer keys do not depend on what was evicted, so the paper's positions can be recomputed."""
     model = family(name, layers=1)
     ids, mask = prompt(length=30)

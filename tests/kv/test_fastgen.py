@@ -25,7 +25,8 @@ def random_prompt(heads: int = 3, group: int = 2, length: int = 300, seed: int =
     keys = torch.randn(heads, length, 16, generator=generator)
     keys[0, 5::9] += 2  # a head that likes punctuation
     given = {
-        "queries": torch.randn(heads, group, length, 16, generator=generator) * sharpness + (keys[0, 5] * 0.5),
+        "queries": torch.randn(heads, group, length, 16, generator=generator) * sharpness
+        + (keys[0, 5] * 0.5),
         "keys": keys,
         "values": torch.randn(heads, length, 16, generator=generator),
         "scale": 0.25,
@@ -58,7 +59,9 @@ def recovered(prompt: Prompt, label: str, r: float = 0.3) -> Tensor:
         if label in ("frequent", "local"):
             keep[received[head].argsort(descending=True)[: int(r * n)]] = True
         for row in range(n):
-            near = torch.arange(n) > row - int(r * n) if label == "local" else torch.zeros(n, dtype=torch.bool)
+            near = (
+                torch.arange(n) > row - int(r * n) if label == "local" else torch.zeros(n, dtype=torch.bool)
+            )
             out[head, :, row] = full[head, :, row, keep | near].sum(-1)
     return out
 
@@ -68,7 +71,10 @@ def recovered(prompt: Prompt, label: str, r: float = 0.3) -> Tensor:
 def test_every_head_recovers_what_was_asked_and_no_cheaper_set_would(recovery, seed) -> None:
     prompt = random_prompt(seed=seed)
     chosen = FastGen(recovery=recovery).select(prompt)
-    every = {label: recovered(prompt, label).mean(-1).amin(-1) for label in ("special", "punctuation", "frequent", "local")}
+    every = {
+        label: recovered(prompt, label).mean(-1).amin(-1)
+        for label in ("special", "punctuation", "frequent", "local")
+    }
     costs = {label: _cost(prompt, label) for label in every}
     for head, label in enumerate(chosen.labels):
         if label != "full":
@@ -92,7 +98,9 @@ def _cost(prompt: Prompt, label: str, r: float = 0.3) -> Tensor:
 
 def test_kept_tokens_fall_with_the_recovery() -> None:
     prompt = random_prompt(heads=8)
-    counts = [FastGen(recovery=t).select(prompt).keep.sum(1) for t in (0.05, 0.3, 0.6, 0.8, 0.9, 0.95, 0.99, 1.0)]
+    counts = [
+        FastGen(recovery=t).select(prompt).keep.sum(1) for t in (0.05, 0.3, 0.6, 0.8, 0.9, 0.95, 0.99, 1.0)
+    ]
     assert all(bool((low <= high).all()) for low, high in zip(counts, counts[1:], strict=False))
     assert counts[-1].tolist() == [300] * 8
     assert int(counts[0].sum()) < int(counts[-1].sum())
@@ -149,7 +157,9 @@ def test_image_tokens_are_profiled_by_the_text_that_asks() -> None:
             assert set(asked.topk(7).indices.tolist()) <= set(chosen.keep[head].nonzero()[:, 0].tolist())
 
 
-def test_budgets_follow_the_current_length_and_generated_punctuation_stays(family, prompt, teacher_forced) -> None:
+def test_budgets_follow_the_current_length_and_generated_punctuation_stays(
+    family, prompt, teacher_forced
+) -> None:
     model = family("llama")
     ids, mask = prompt()
     more = torch.full((1, 50), 60)
@@ -157,7 +167,11 @@ def test_budgets_follow_the_current_length_and_generated_punctuation_stays(famil
     # Nothing but these sets: recovery is small enough for the first one that has a token.
     with compress(model, FastGen(recovery=0.01, frequent=0.0, local=0.0), marks=MARKS) as cache:
         teacher_forced(model, cache, ids, mask, more)
-    marked = [i for i, t in enumerate(torch.cat([ids, more], 1)[0].tolist()) if t in MARKS.special | MARKS.punctuation]
+    marked = [
+        i
+        for i, t in enumerate(torch.cat([ids, more], 1)[0].tolist())
+        if t in MARKS.special | MARKS.punctuation
+    ]
     for index, rows in cache.labels().items():
         for head, label in enumerate(rows[0]):
             positions = cache.contents(index, 0, head)[2].tolist()
@@ -191,7 +205,8 @@ def test_recovery_out_of_range(recovery) -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{"frequent": -0.1}, {"local": 1.5}, {"reduce": "max"}, {"num_last": 0}, {"max_length": 0}, {"image": 2}]
+    "settings",
+    [{"frequent": -0.1}, {"local": 1.5}, {"reduce": "max"}, {"num_last": 0}, {"max_length": 0}, {"image": 2}],
 )
 def test_other_settings_out_of_range(settings) -> None:
     with pytest.raises(CacheError, match=f"fastgen.{next(iter(settings))}"):

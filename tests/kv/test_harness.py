@@ -51,7 +51,8 @@ def test_full_perplexity_is_the_models_own(copier) -> None:
     found = perplexity(copier, windows, Full(), prompt=PROMPT)
     with torch.no_grad():
         losses = [
-            F.cross_entropy(copier(w[None]).logits[0, PROMPT:-1], w[PROMPT + 1 :], reduction="sum") for w in windows
+            F.cross_entropy(copier(w[None]).logits[0, PROMPT:-1], w[PROMPT + 1 :], reduction="sum")
+            for w in windows
         ]
     assert found.num_tokens == 3 * (LENGTH - PROMPT - 1)
     assert found.perplexity == pytest.approx(math.exp(float(sum(losses)) / found.num_tokens), rel=1e-4)
@@ -66,7 +67,7 @@ def test_what_is_recovered_is_what_predicts(copier) -> None:
     full = perplexity(copier, windows, Full(), prompt=PROMPT)
     assert full.perplexity < 2, "the model has not learnt to look back; the comparison would be void"
     ours = perplexity(copier, windows, FastGen(recovery=0.9), prompt=PROMPT)
-    assert 0.1 < ours.removed
+    assert ours.removed > 0.1
     for name in ("random", "streaming-llm"):
         other = perplexity(copier, windows, policy_of(name, ours.kept), prompt=PROMPT)
         assert abs(other.kept - ours.kept) < 0.1
@@ -85,7 +86,9 @@ def test_wrong_positions_after_eviction_are_noticed(copier) -> None:
             total = 0.0
             for at in range(PROMPT, LENGTH - 1):
                 logits = copier(
-                    window[None, at : at + 1], position_ids=torch.tensor([[at + offset]]), past_key_values=cache
+                    window[None, at : at + 1],
+                    position_ids=torch.tensor([[at + offset]]),
+                    past_key_values=cache,
                 ).logits
                 total += float(F.cross_entropy(logits[0, -1:], window[at + 1 : at + 2]))
         losses.append(total)
@@ -129,7 +132,9 @@ def test_growth_counts_bytes_by_context(copier) -> None:
     rows = growth(copier, SnapKV(0.5, 4), (32, 64), text=lines(1)[0], new_tokens=4, batch=2)
     assert [row.context for row in rows] == [32, 64]
     assert [row.full_nbytes for row in rows] == [2 * (n + 4) * 2 * 2 * 2 * 16 * 4 for n in (32, 64)]
-    assert [row.live_nbytes for row in rows] == [2 * (n // 2 + 4) * 2 * 2 * (2 * 16 * 4 + 4) for n in (32, 64)]
+    assert [row.live_nbytes for row in rows] == [
+        2 * (n // 2 + 4) * 2 * 2 * (2 * 16 * 4 + 4) for n in (32, 64)
+    ]
     assert all(row.tokens_per_second > 0 for row in rows)
     with pytest.raises(CacheError, match="give more text"):
         growth(copier, Full(), (500,), text=lines(1)[0])

@@ -10,7 +10,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cveff.errors import CacheError
-from cveff.kv import H2O, AdaKV, FastGen, Full, ImagePrefix, Prompt, PyramidKV, Random, SnapKV, StreamingLLM, compress
+from cveff.kv import (
+    H2O,
+    AdaKV,
+    FastGen,
+    Full,
+    ImagePrefix,
+    Prompt,
+    PyramidKV,
+    Random,
+    SnapKV,
+    StreamingLLM,
+    compress,
+)
 from cveff.kv.marks import IMAGE
 
 
@@ -75,7 +87,12 @@ def test_a_prompt_within_the_budget_is_left_whole(budget) -> None:
 @pytest.mark.parametrize("length", [100, 400])
 def test_pyramid_budgets_fall_and_keep_their_mean(length) -> None:
     counts = [
-        int(PyramidKV(budget=60, window=16).select(make_prompt(length=length, layer=layer, num_layers=5)).keep[0].sum())
+        int(
+            PyramidKV(budget=60, window=16)
+            .select(make_prompt(length=length, layer=layer, num_layers=5))
+            .keep[0]
+            .sum()
+        )
         for layer in range(5)
     ]
     assert counts == sorted(counts, reverse=True)
@@ -124,7 +141,17 @@ def test_image_prefix_keeps_text_and_what_it_asks_about() -> None:
 @pytest.mark.parametrize("length", [1, 2, 3])
 @pytest.mark.parametrize(
     "policy",
-    [FastGen(recovery=0.5), H2O(), StreamingLLM(sinks=4), SnapKV(), PyramidKV(), AdaKV(), Random(), ImagePrefix(), Full()],
+    [
+        FastGen(recovery=0.5),
+        H2O(),
+        StreamingLLM(sinks=4),
+        SnapKV(),
+        PyramidKV(),
+        AdaKV(),
+        Random(),
+        ImagePrefix(),
+        Full(),
+    ],
     ids=lambda policy: policy.kind,
 )
 def test_prompts_shorter_than_the_special_set_generate(policy, length, family, prompt) -> None:
@@ -132,7 +159,9 @@ def test_prompts_shorter_than_the_special_set_generate(policy, length, family, p
     ids, mask = prompt(2, length=20)
     ids, mask = ids[:, -length:], mask[:, -length:]
     with compress(model, policy) as cache:
-        out = model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False, past_key_values=cache)
+        out = model.generate(
+            ids, attention_mask=mask, max_new_tokens=8, do_sample=False, past_key_values=cache
+        )
     assert out.shape == (2, length + 8)
     assert all(0 <= n <= length + 7 for rows in cache.kept().values() for row in rows for n in row)
 

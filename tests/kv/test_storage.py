@@ -22,7 +22,9 @@ def formula(cache, head_dim: int, itemsize: int = 4) -> int:
     return total
 
 
-@pytest.mark.parametrize("policy", [Full(), FastGen(recovery=0.6), H2O(), SnapKV(0.5, 8), AdaKV(SnapKV(0.5, 8))])
+@pytest.mark.parametrize(
+    "policy", [Full(), FastGen(recovery=0.6), H2O(), SnapKV(0.5, 8), AdaKV(SnapKV(0.5, 8))]
+)
 @pytest.mark.parametrize("batch", [1, 3])
 def test_bytes_are_the_formula(policy, batch, family, prompt) -> None:
     model = family("llama", kv_heads=8, group=1)
@@ -42,7 +44,9 @@ def held() -> int:
     """Bytes of all tensors that Python knows."""
     gc.collect()
     storages = {
-        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in gc.get_objects() if type(t) is Tensor
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+        for t in gc.get_objects()
+        if type(t) is Tensor
     }
     return sum(storages.values())
 
@@ -117,7 +121,9 @@ def test_half_precision_is_stored_as_such(dtype, family, prompt) -> None:
     model = family("llama").to(dtype)
     ids, mask = prompt(2)
     with compress(model, H2O(0.3, 0.3), slack=0) as cache:
-        out = model.generate(ids, attention_mask=mask, max_new_tokens=10, do_sample=False, past_key_values=cache)
+        out = model.generate(
+            ids, attention_mask=mask, max_new_tokens=10, do_sample=False, past_key_values=cache
+        )
     assert out.shape == (2, 50)
     assert cache.contents(0)[0].dtype == dtype
     assert cache.live_nbytes == formula(cache, 8, itemsize=2)

@@ -10,7 +10,7 @@ import transformers as t
 from torch import Tensor
 from transformers import DynamicCache
 
-from cveff.kv import AdaKV, FastGen, Full, H2O, ImagePrefix, SnapKV, compress
+from cveff.kv import H2O, AdaKV, FastGen, Full, ImagePrefix, SnapKV, compress
 
 IMAGE = 90
 TEXT = {
@@ -37,7 +37,12 @@ VISION = {
 
 
 def gemma() -> Any:
-    text = {**TEXT, "layer_types": ["full_attention", "sliding_attention"], "sliding_window": 64, "query_pre_attn_scalar": 8}
+    text = {
+        **TEXT,
+        "layer_types": ["full_attention", "sliding_attention"],
+        "sliding_window": 64,
+        "query_pre_attn_scalar": 8,
+    }
     config = t.Gemma3Config(
         text_config=t.Gemma3TextConfig(**text).to_dict(),
         vision_config=t.SiglipVisionConfig(**VISION, vision_use_head=False).to_dict(),
@@ -91,7 +96,13 @@ def test_a_full_cache_generates_what_the_model_does(build, batch) -> None:
     model, given = make(build), inputs(batch)
     if build is gemma:
         given["token_type_ids"] = (given["input_ids"] == IMAGE).long()
-    arguments = {**given, "max_new_tokens": 20, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    arguments = {
+        **given,
+        "max_new_tokens": 20,
+        "do_sample": False,
+        "output_logits": True,
+        "return_dict_in_generate": True,
+    }
     text = model.config.get_text_config()
     full = model.generate(**arguments, past_key_values=DynamicCache(config=text))
     with compress(model, FastGen(recovery=1.0)) as cache:
@@ -141,7 +152,9 @@ def test_image_tokens_see_each_other_and_are_counted_so() -> None:
     assert torch.equal((prompt.tags == 4), given["input_ids"][0] == IMAGE)
 
 
-@pytest.mark.parametrize("policy", [FastGen(recovery=0.7), H2O(0.2, 0.2), SnapKV(0.4, 8), AdaKV(SnapKV(0.4, 8))])
+@pytest.mark.parametrize(
+    "policy", [FastGen(recovery=0.7), H2O(0.2, 0.2), SnapKV(0.4, 8), AdaKV(SnapKV(0.4, 8))]
+)
 def test_a_decoder_of_image_tokens_draws_with_any_policy(policy) -> None:
     """A Llama over the codes of 8 × 8 patches after a class token, the design of LlamaGen (arXiv:2406.06525)."""
     torch.manual_seed(0)
@@ -150,10 +163,12 @@ def test_a_decoder_of_image_tokens_draws_with_any_policy(policy) -> None:
     rows = torch.randint(0, 128, (3, 32), generator=torch.Generator().manual_seed(1))
     half = torch.cat([torch.tensor([[130], [131], [132]]), rows], dim=1)  # a class and the upper half
     with compress(model, policy) as cache:
-        out = model.generate(half, max_new_tokens=32, min_new_tokens=32, do_sample=True, past_key_values=cache)
+        out = model.generate(
+            half, max_new_tokens=32, min_new_tokens=32, do_sample=True, past_key_values=cache
+        )
     assert out.shape == (3, 1 + 64)
     kept = [n for layer in cache.kept().values() for row in layer for n in row]
-    assert 0 < min(kept) and max(kept) < 64 and sum(kept) < len(kept) * 60
+    assert min(kept) > 0 and max(kept) < 64 and sum(kept) < len(kept) * 60
     with compress(model, Full()) as cache:
         drawn = model.generate(half, max_new_tokens=32, do_sample=False, past_key_values=cache)
     assert torch.equal(drawn, model.generate(half, max_new_tokens=32, do_sample=False))
