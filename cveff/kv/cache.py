@@ -69,7 +69,7 @@ class RaggedCache(Cache):
 
     @property
     def live_nbytes(self) -> int:
-        """Bytes in use, without free slots: Σ over heads of n · ((D + E) · itemsize + 4), and 4 a token with a score."""
+        """Bytes in use: (D + E) · itemsize + 4 for every token kept, 4 more where it has a score; no free slots."""
         ragged = sum(layer.kv.live_nbytes for layer in self.compressed.values() if layer.kv is not None)
         return ragged + self.sliding_nbytes
 

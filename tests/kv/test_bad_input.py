@@ -60,7 +60,7 @@ def test_beam_search(family, prompt) -> None:
 
 def test_cropping_and_assisted_generation(family, prompt) -> None:
     model = family("llama")
-    ids, mask = prompt()
+    ids, _mask = prompt()
     with compress(model, H2O()) as cache:
         assert not cache.is_croppable
         with torch.no_grad():
@@ -80,7 +80,7 @@ def test_cropping_and_assisted_generation(family, prompt) -> None:
 
 def test_static_caches(family, prompt) -> None:
     model = family("llama")
-    ids, mask = prompt()
+    ids, _mask = prompt()
     model.generation_config.cache_implementation = "static"
     with pytest.raises(CacheError, match="'static' cache"), compress(model, Full()):
         pass
@@ -120,7 +120,7 @@ def test_other_attention_implementations(family) -> None:
 def test_eager_models_are_given_back_eager(family, prompt) -> None:
     model = family("llama")
     model.set_attn_implementation("eager")
-    ids, mask = prompt()
+    ids, _mask = prompt()
     with torch.no_grad():
         expected = model(ids).logits
         with compress(model, Full()) as cache:

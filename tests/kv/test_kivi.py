@@ -37,7 +37,7 @@ def test_constant_groups_are_exact() -> None:
 @pytest.mark.parametrize("bits", [2, 4])
 def test_residual_tokens_are_exact_and_packed_ones_within_their_steps(bits, family, prompt) -> None:
     model = family("llama")
-    ids, mask = prompt(1, length=100)
+    ids, _mask = prompt(1, length=100)
     dense = DynamicCache(config=model.config)
     storage = KIVI(bits=bits, group_size=16, residual=20)
     with compress(model, Full(), storage=storage) as cache, torch.no_grad():

@@ -53,7 +53,7 @@ def held() -> int:
 
 def test_evicted_tokens_are_given_back(family, prompt) -> None:
     model = family("llama", kv_heads=8, group=1)
-    ids, mask = prompt(1, length=400)
+    ids, _mask = prompt(1, length=400)
 
     def grown_by(policy) -> tuple[int, int]:
         before = held()
@@ -70,7 +70,7 @@ def test_evicted_tokens_are_given_back(family, prompt) -> None:
 
 def test_appending_happens_in_place(family, prompt) -> None:
     model = family("llama")
-    ids, mask = prompt(1)
+    ids, _mask = prompt(1)
     with compress(model, SnapKV(0.5, 8), slack=16) as cache, torch.no_grad():
         model(ids, past_key_values=cache)
         group = cache.compressed[0].kv.groups[0]
@@ -84,7 +84,7 @@ def test_appending_happens_in_place(family, prompt) -> None:
 
 def test_heads_of_like_length_share_a_group(family, prompt) -> None:
     model = family("llama", kv_heads=8, group=1)
-    ids, mask = prompt(1, length=300)
+    ids, _mask = prompt(1, length=300)
     with compress(model, AdaKV(SnapKV(0.3, 8)), slack=8) as cache, torch.no_grad():
         model(ids, past_key_values=cache)
     for layer in cache.compressed.values():
@@ -96,7 +96,7 @@ def test_heads_of_like_length_share_a_group(family, prompt) -> None:
 
 def test_sliding_layers_are_left_to_their_windows(family, prompt) -> None:
     model = family("gemma3")
-    ids, mask = prompt(1, length=100)
+    ids, _mask = prompt(1, length=100)
     with compress(model, H2O(heavy=5, recent=5), slack=0) as cache, torch.no_grad():
         model(ids, past_key_values=cache)
     assert sorted(cache.compressed) == [0, 2]
@@ -131,7 +131,7 @@ def test_half_precision_is_stored_as_such(dtype, family, prompt) -> None:
 
 def test_packed_storage_of_half_precision_counts_its_scales(family, prompt) -> None:
     model = family("llama", kv_heads=2, group=1)
-    ids, mask = prompt(1, length=96)
+    ids, _mask = prompt(1, length=96)
     with compress(model, Full(), storage=KIVI(group_size=32, residual=32), slack=0) as cache, torch.no_grad():
         model(ids, past_key_values=cache)
     packed = 64 * (2 * 8 // 2) + 2 * 8 * 2 * 4 + 64 * 2 * 4  # codes; scales and zeros of keys, of values
