@@ -19,9 +19,6 @@ from cveff.kv.streaming_llm import StreamingLLM
 if TYPE_CHECKING:
     from cveff.kv.cache import RaggedCache
 
-_FULL, _SLIDING = "full_attention", "sliding_attention"
-_EXACT = ("sdpa", "eager")
-
 
 @contextmanager
 def compress(
@@ -60,6 +57,7 @@ def compress(
     try:
         from cveff.kv.attention import NAME, register
         from cveff.kv.cache import RaggedCache
+        from cveff.kv.model_layers import FULL, attentions, implementations, text_config, windows
     except ImportError as error:
         raise MissingDependencyError(f"{error}; pip install 'cveff[kv]' brings transformers") from error
     check_count("slack", slack)
@@ -68,16 +66,15 @@ def compress(
         raise CacheError(
             "StreamingLLM re-rotates its first keys, which packed storage cannot; leave storage out"
         )
-    text = _text_config(model)
-    windows = _windows(text)
-    before = _implementations(model)
-    rotation = _rotation(model, windows) if rerotates else None
+    layers = windows(text_config(model))
+    before = implementations(model)
+    rotation = _rotation(model, attentions(model), layers, FULL) if rerotates else None
     notes = ()
     if marks is None:
         marks = marks_of(model, tokenizer)
         if tokenizer is None and policy.needs_tokens:
             notes = ("no tokenizer was given: no token counts as punctuation",)
-    cache = RaggedCache(windows, policy, storage, slack, marks, rotation, notes)
+    cache = RaggedCache(layers, policy, storage, slack, marks, rotation, notes)
     register()
     hook = model.register_forward_pre_hook(_Watch(cache), with_kwargs=True)
     try:
@@ -101,66 +98,6 @@ class _Watch:
         self._cache.see(args[0] if args else kwargs.get("input_ids"))
 
 
-def _text_config(model: Any) -> Any:
-    config = getattr(model, "config", None)
-    if config is None or not hasattr(config, "get_text_config"):
-        raise CacheError(f"{type(model).__name__} is no transformers model; its cache cannot be compressed")
-    if config.is_encoder_decoder:
-        raise CacheError(f"{type(model).__name__} is an encoder with a decoder; only decoders are compressed")
-    wanted = getattr(getattr(model, "generation_config", None), "cache_implementation", None)
-    if wanted not in (None, "dynamic", "hybrid"):
-        raise CacheError(
-            f"the model's generation_config asks for a {wanted!r} cache, whose size is fixed; set "
-            "model.generation_config.cache_implementation = None"
-        )
-    text = config.get_text_config(decoder=True)
-    if getattr(text, "attn_logit_softcapping", None) is not None:
-        raise CacheError(
-            f"{type(model).__name__} caps its attention softly, which scaled_dot_product_attention cannot; "
-            "its cache is not compressed"
-        )
-    return text
-
-
-def _windows(config: Any) -> list[int | None]:
-    """A sliding window's size, or None for full attention, for each layer."""
-    from transformers.cache_utils import get_layer_types_and_kwargs
-
-    types, arguments = get_layer_types_and_kwargs(config)
-    strange = sorted({kind for kind in types if kind not in (_FULL, _SLIDING)})
-    if strange:
-        raise CacheError(f"layers of type {', '.join(strange)} have no cache that can be compressed")
-    if _FULL not in types:
-        raise CacheError(
-            f"all {len(types)} layers attend within a sliding window, which bounds their cache already; "
-            "there is nothing to compress"
-        )
-    return [
-        given.get("sliding_window") if kind == _SLIDING else None
-        for kind, given in zip(types, arguments, strict=True)
-    ]
-
-
-def _implementations(model: Any) -> list[tuple[Any, str]]:
-    """Configurations that the decoder's attention modules read, and the implementation each names."""
-    found = {id(m.config): m.config for m in _attentions(model)}
-    if not found:
-        raise CacheError(f"{type(model).__name__} has no attention modules that take a cache")
-    before = []
-    for config in found.values():
-        if config._attn_implementation not in _EXACT:
-            raise CacheError(
-                f"the model's attention is {config._attn_implementation!r}; load it with "
-                "attn_implementation='sdpa' to compress its cache"
-            )
-        before.append((config, config._attn_implementation))
-    return before
-
-
-def _attentions(model: Any) -> list[Any]:
-    return [m for m in model.modules() if getattr(m, "layer_idx", None) is not None and hasattr(m, "config")]
-
-
-def _rotation(model: Any, windows: list[int | None]) -> Rotation:
-    attention = next(m for m in _attentions(model) if windows[m.layer_idx] is None and hasattr(m, "head_dim"))
-    return rotation_of(model, attention, _FULL)
+def _rotation(model: Any, attentions: list[Any], windows: list[int | None], layer_type: str) -> Rotation:
+    attention = next(m for m in attentions if windows[m.layer_idx] is None and hasattr(m, "head_dim"))
+    return rotation_of(model, attention, layer_type)

@@ -12,7 +12,7 @@ from torch import Tensor
 from cveff.errors import CacheError
 from cveff.kv.checks import check_count, check_share
 from cveff.kv.marks import IMAGE, PUNCTUATION, SPECIAL
-from cveff.kv.prompt import Prompt, Selection
+from cveff.kv.prompt import Prompt, Selection, keep_once
 from cveff.kv.rule import Rule, amount, keep_mask, largest
 
 
@@ -70,6 +70,8 @@ class FastGen:
     def select(self, prompt: Prompt) -> Selection:
         """Choose each head's set by its recovery on the prompt. Memory: O(128 · n) for every query head."""
         heads, num_tokens = prompt.num_heads, prompt.num_tokens
+        if self.recovery >= 1:
+            return keep_once(torch.ones_like(prompt.keys[..., 0], dtype=torch.bool), "full")
         text = (prompt.tags & IMAGE) == 0
         received = prompt.received()
         labels, rules, pins = self._sets(prompt, received, text)
@@ -78,18 +80,17 @@ class FastGen:
         keeps = torch.stack(
             [keep_mask(code, received, [rule] * heads, seen) for code, rule in zip(codes, rules, strict=True)]
         )  # (sets, H, n)
+        recovered = self._recovery(prompt, rules, pins, received, text)
+        costs = keeps.sum(-1)  # (sets, H)
         chosen = [len(rules)] * heads
-        if self.recovery < 1:
-            recovered = self._recovery(prompt, rules, pins, received, text)
-            costs = keeps.sum(-1)  # (sets, H)
-            for head in range(heads):
-                feasible = [
-                    (int(costs[index, head]), index)
-                    for index in range(len(rules))
-                    if float(recovered[index, head]) >= self.recovery and int(costs[index, head]) < num_tokens
-                ]
-                if feasible:
-                    chosen[head] = min(feasible)[1]
+        for head in range(heads):
+            feasible = [
+                (int(costs[index, head]), index)
+                for index in range(len(rules))
+                if float(recovered[index, head]) >= self.recovery and int(costs[index, head]) < num_tokens
+            ]
+            if feasible:
+                chosen[head] = min(feasible)[1]
         everything = torch.ones(num_tokens, dtype=torch.bool, device=keeps.device)
         nothing = torch.zeros_like(everything)
         # "full" is the last resort by construction: a comparison could fail by rounding.
