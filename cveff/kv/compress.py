@@ -99,5 +99,6 @@ class _Watch:
 
 
 def _rotation(model: Any, attentions: list[Any], windows: list[int | None], layer_type: str) -> Rotation:
-    attention = next(m for m in attentions if windows[m.layer_idx] is None and hasattr(m, "head_dim"))
+    full = {index for index, window in enumerate(windows) if window is None}
+    attention = next(m for m in attentions if m.layer_idx in full and hasattr(m, "head_dim"))
     return rotation_of(model, attention, layer_type)

@@ -89,8 +89,8 @@ def generate_text(
     """
     progress = progress or Silent()
     model, tokenizer = _load(name, device, progress)
-    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-    if inputs.input_ids.shape[1] == 0:
+    ids = torch.tensor(tokenizer(prompt).input_ids, dtype=torch.long, device=model.device)[None]
+    if not ids.shape[1]:
         raise CacheError("the prompt has no tokens; give some text")
     torch.manual_seed(seed)
     clock = _Clock()
@@ -101,9 +101,14 @@ def generate_text(
     with compress(model, policy, tokenizer=tokenizer, storage=storage) as cache:
         start = time.perf_counter()
         out = model.generate(
-            **inputs, max_new_tokens=max_new_tokens, past_key_values=cache, stopping_criteria=[clock], **drawn
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_new_tokens,
+            past_key_values=cache,
+            stopping_criteria=[clock],
+            **drawn,
         )
-    prompt_tokens = inputs.input_ids.shape[1]
+    prompt_tokens = ids.shape[1]
     new = out[0, prompt_tokens:]
     seconds = clock.last - clock.first
     heads = Counter(label for rows in cache.labels().values() for row in rows for label in row)

@@ -3,49 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cveff.kv.kivi import KIVI, Packed
+from cveff.kv.kivi import KIVI
 from cveff.kv.prompt import CHUNK
 from cveff.kv.rotation import Rotation
 from cveff.kv.rule import DEAD, PINNED, keep_mask
-from cveff.kv.segment import PackedTokens, Segment
-
-
-@dataclass(frozen=True)
-class Step:
-    """Tokens that a forward pass adds to a layer: B sequences, N = B · H heads, T tokens.
-
-    Attributes:
-        keys: (N, T, D). values: (N, T, E).
-        places: (B, T) int32, positions.
-        tags: (B, T) uint8.
-        valid: (B, T) bool, False for padding; None where nothing is.
-        sees: (B, T, T) bool, which of the new tokens a query (row) sees; None for causal.
-    """
-
-    keys: Tensor
-    values: Tensor
-    places: Tensor
-    tags: Tensor
-    valid: Tensor | None = None
-    sees: Tensor | None = None
-
-    @property
-    def length(self) -> int:
-        """T."""
-        return self.keys.shape[1]
-
-    def visible(self) -> Tensor:
-        """(B, T, T) bool: which of the new tokens a query (row) sees."""
-        if self.sees is not None:
-            return self.sees
-        causal = torch.ones(self.length, self.length, dtype=torch.bool, device=self.keys.device).tril()
-        return causal.expand(self.places.shape[0], -1, -1)
+from cveff.kv.segment import PackedTokens, Segment, stacked
+from cveff.kv.step import Step
 
 
 class Group:
@@ -70,6 +38,7 @@ class Group:
         self.lengths = [segment.length for segment in segments]
         self.indices = [segment.index for segment in segments]
         self.rows = [segment.index // num_heads for segment in segments]
+        self._is_all = self.indices == list(range(len(segments)))
         device = first.keys.device
         self._index = torch.tensor(self.indices, device=device)
         self._rows = torch.tensor(self.rows, device=device)
@@ -90,7 +59,7 @@ class Group:
                 self._scores[place, : segment.length] = segment.scores
         anchors = [segment.anchors for segment in segments if segment.anchors is not None]
         self._anchors = torch.stack(anchors) if anchors else None
-        self._packed = _stacked(segments)
+        self._packed = stacked(segments)
 
     @property
     def capacity(self) -> int:
@@ -278,8 +247,7 @@ class Group:
 
     def _mine(self, tensor: Tensor) -> Tensor:
         """Lines of this group, out of (N, …)."""
-        everything = len(self.indices) == tensor.shape[0] and self.indices == list(range(tensor.shape[0]))
-        return tensor if everything else tensor[self._index]
+        return tensor if self._is_all and len(self.indices) == tensor.shape[0] else tensor[self._index]
 
     def _mask(self, step: Step, origin: Tensor | None, first: int, last: int, end: int) -> Tensor | None:
         """(S, rows, packed + end) bool, or None where every query sees every slot."""
@@ -340,21 +308,3 @@ class Group:
             self._packed.scores.add_(received[:, :skip].unflatten(1, self._packed.scores.shape[1:]))
         if self._scores is not None:
             self._scores[:, : received.shape[1] - skip] += received[:, skip:]
-
-
-def _stacked(segments: Sequence[Segment]) -> PackedTokens | None:
-    """The packed blocks of segments that have equally many, along a new first axis."""
-    parts = [segment.packed for segment in segments if segment.packed is not None]
-    if not parts or not parts[0].num_blocks:
-        return None
-
-    def stack(packed: Sequence[Packed]) -> Packed:
-        return Packed(*(torch.stack(tensors) for tensors in zip(*(p.tensors for p in packed), strict=True)))
-
-    scores = [part.scores for part in parts if part.scores is not None]
-    return PackedTokens(
-        stack([part.keys for part in parts]),
-        stack([part.values for part in parts]),
-        torch.stack([part.codes for part in parts]),
-        torch.stack(scores) if scores else None,
-    )

@@ -10,10 +10,10 @@ from transformers.cache_utils import CacheLayerMixin
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from cveff.errors import CacheError
-from cveff.kv.group import Step
 from cveff.kv.prefill import prompts
 from cveff.kv.ragged import RaggedKV, first_segments
 from cveff.kv.rotation import Rotation
+from cveff.kv.step import Step
 
 if TYPE_CHECKING:
     from cveff.kv.cache import RaggedCache

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cveff.kv.group import Group, Step
+from cveff.kv.group import Group
 from cveff.kv.kivi import KIVI
 from cveff.kv.rotation import Rotation
 from cveff.kv.rule import Rule, positions
 from cveff.kv.segment import Segment
+from cveff.kv.step import Step
 
 
 class RaggedKV:

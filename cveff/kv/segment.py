@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -102,6 +103,24 @@ class Segment:
             scores=None if self.scores is None else self.scores[end:],
             packed=new if old is None else _joined(old, new),
         )
+
+
+def stacked(segments: Sequence[Segment]) -> PackedTokens | None:
+    """The packed blocks of segments that have equally many, along a new first axis."""
+    parts = [segment.packed for segment in segments if segment.packed is not None]
+    if not parts or not parts[0].num_blocks:
+        return None
+
+    def stack(packed: Sequence[Packed]) -> Packed:
+        return Packed(*(torch.stack(tensors) for tensors in zip(*(p.tensors for p in packed), strict=True)))
+
+    scores = [part.scores for part in parts if part.scores is not None]
+    return PackedTokens(
+        stack([part.keys for part in parts]),
+        stack([part.values for part in parts]),
+        torch.stack([part.codes for part in parts]),
+        torch.stack(scores) if scores else None,
+    )
 
 
 def _joined(old: PackedTokens, new: PackedTokens) -> PackedTokens:

@@ -94,6 +94,8 @@ def frontier(
 
     row("full", Full())
     row("full, 4 bits", Full(), KIVI(bits=4))
+    row("full, 2 bits", Full(), KIVI(bits=2))
+    row("full, 2 bits, keys by token", Full(), KIVI(bits=2, keys_by="token"))
     for recovery in RECOVERIES[: 1 if arguments.quick else None]:
         ours = row(f"fastgen {recovery}", FastGen(recovery=recovery))
         if ours["kept_at_end"] >= 1:

@@ -14,9 +14,9 @@ import torch
 
 from cveff.kv import KIVI, Rule, compress
 from cveff.kv.budgeted import policy_of
-from cveff.kv.group import Step
 from cveff.kv.ragged import RaggedKV
 from cveff.kv.segment import Segment
+from cveff.kv.step import Step
 
 MEMORY = ("full", "full, 4 bits", "h2o 0.5", "snapkv 0.5", "snapkv 0.25", "snapkv 0.25, 4 bits")
 HEADS, GROUP, DIM, LAYERS = 8, 1, 64, 8
