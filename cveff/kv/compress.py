@@ -69,7 +69,7 @@ def compress(
     layers = windows(text_config(model))
     before = implementations(model)
     rotation = _rotation(model, attentions(model), layers, FULL) if rerotates else None
-    notes = ()
+    notes: tuple[str, ...] = ()
     if marks is None:
         marks = marks_of(model, tokenizer)
         if tokenizer is None and policy.needs_tokens:

@@ -74,7 +74,7 @@ def perplexity(
     if not windows or min(len(window) for window in windows) < prompt + 2:
         raise CacheError(f"every window needs {prompt} tokens of prompt and 2 more; give longer ones")
     losses: list[float] = []
-    figures: list[tuple[float, ...]] = []
+    figures: dict[str, list[float]] = {}
     labels: dict[str, int] = {}
     for window in windows:
         ids = window[None]
@@ -91,15 +91,23 @@ def perplexity(
                 )
                 losses.append(float(F.cross_entropy(out.logits[0, -1:].float(), ids[0, at + 1 : at + 2])))
         sliding = cache.sliding_nbytes
-        removed = 1 - (cache.live_nbytes - sliding) / (cache.full_nbytes - sliding)
-        figures.append(
-            (cache.nbytes, cache.live_nbytes, cache.full_nbytes, share, kept_share(cache), removed)
-        )
+        found = {
+            "nbytes": cache.nbytes,
+            "live_nbytes": cache.live_nbytes,
+            "full_nbytes": cache.full_nbytes,
+            "kept": share,
+            "kept_at_end": kept_share(cache),
+            "removed": 1 - (cache.live_nbytes - sliding) / (cache.full_nbytes - sliding),
+        }
+        for name, figure in found.items():
+            figures.setdefault(name, []).append(figure)
         for rows in cache.labels().values():
             for label in (label for row in rows for label in row):
                 labels[label] = labels.get(label, 0) + 1
-    means = [math.fsum(column) / len(figures) for column in zip(*figures, strict=True)]
-    return Quality(math.exp(math.fsum(losses) / len(losses)), len(losses), *means, labels)
+    means = {name: math.fsum(values) / len(values) for name, values in figures.items()}
+    return Quality(
+        perplexity=math.exp(math.fsum(losses) / len(losses)), num_tokens=len(losses), labels=labels, **means
+    )
 
 
 def kept_share(cache: Any) -> float:

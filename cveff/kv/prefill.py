@@ -35,7 +35,8 @@ def prompts(
     """
     heads = keys.shape[1]
     for row in range(keys.shape[0]):
-        mask, real = None, slice(None)
+        mask: Tensor | None = None
+        real: Tensor | slice = slice(None)
         if sees is not None:
             found = sees[row].diagonal().nonzero()[:, 0]
             if not len(found):

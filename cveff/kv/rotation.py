@@ -26,7 +26,7 @@ class Rotation:
         CacheError: the frequencies change with the length, or the model rotates in a way of its own.
     """
 
-    def __init__(self, attention: nn.Module, rotary: nn.Module, arguments: tuple[Any, ...] = ()) -> None:
+    def __init__(self, attention: nn.Module, rotary: Any, arguments: tuple[Any, ...] = ()) -> None:
         kinds = rotary.rope_type if isinstance(rotary.rope_type, str) else rotary.rope_type.get(*arguments)
         apply = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
         if kinds not in _FIXED or apply is None or "cos" not in inspect.signature(apply).parameters:
