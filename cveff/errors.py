@@ -6,6 +6,7 @@ from cveff.runtime.errors import BundleError, CveffError, EngineError, ImageErro
 
 __all__ = [
     "BundleError",
+    "CacheError",
     "CheckpointError",
     "CveffError",
     "DataError",
@@ -28,6 +29,10 @@ class UnknownModelError(CveffError):
 
 class CheckpointError(CveffError):
     """A saved model or training state is damaged, incomplete or belongs to another architecture."""
+
+
+class CacheError(CveffError):
+    """A key-value cache is asked for what its policy, its storage or the model does not allow."""
 
 
 class DataError(CveffError):

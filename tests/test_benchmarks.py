@@ -44,6 +44,7 @@ SCRIPTS = (
     "budget",
     "data_efficiency",
     "galore",
+    "kv_cache",
 )
 HELPERS = (
     "architectures",
@@ -53,6 +54,8 @@ HELPERS = (
     "common",
     "dense_models",
     "emulated",
+    "kv_cache_models",
+    "kv_cache_parts",
     "latency_table_models",
     "latency_table_slimmed",
     "modelopt_peer",
@@ -370,3 +373,35 @@ def test_a_view_counts_with_all_the_memory_it_holds(benchmark_module) -> None:
         "projector": SimpleNamespace(m=torch.zeros(3)),
     }
     assert subject.state_bytes(optimizer) == 412
+
+
+@pytest.mark.parametrize("name", ["full", "h2o 0.5", "snapkv 0.25, 4 bits"])
+def test_cache_bytes_are_the_formula(name: str, benchmark_module) -> None:
+    pytest.importorskip("transformers", minversion="5.23")
+    found = benchmark_module("kv_cache_parts").measure_memory(name, 256, 2)
+    assert found["live_nbytes"] == found["formula"] <= found["nbytes"]
+    assert found["full_nbytes"] == 2 * 272 * 8 * 8 * 2 * 64 * 4
+
+
+def test_attention_is_timed_in_turns(benchmark_module) -> None:
+    found = benchmark_module("kv_cache_parts").attention_times(128, rounds=2)
+    assert found["full"]["ratio"] == 1
+    assert set(found) == {"full", "half", "quarter", "half, FastGen's local and frequent"}
+
+
+def test_the_caches_bars_are_read_from_rows(benchmark_module) -> None:
+    pytest.importorskip("transformers", minversion="5.23")
+    row = {"removed": 0.35, "perplexity": 10.05}
+    rows = {
+        "full": {"removed": 0.0, "perplexity": 10.0},
+        "fastgen 0.98": row,
+        "h2o at fastgen 0.98": {"removed": 0.35, "perplexity": 11.0},
+        "random at fastgen 0.98": {"removed": 0.35, "perplexity": 10.04},
+    }
+    values = {"quality": {"llama/code": rows}, "attention": {"half": {"ratio": 0.7}}}
+    found = benchmark_module("kv_cache").summary(values)
+    assert found["llama/code"]["fastgen 0.98"]["passes"]
+    assert found["llama/code"]["fastgen 0.98"]["better"] == ["random at fastgen 0.98"]
+    assert not found["attention at half"]["passes"]
+    row["removed"] = 0.2
+    assert not benchmark_module("kv_cache").summary(values)["llama/code"]["fastgen 0.98"]["passes"]
