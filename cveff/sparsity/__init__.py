@@ -4,6 +4,7 @@ from cveff.sparsity.attach import Sparse, Usage, attach
 from cveff.sparsity.baselines import HotNeurons, Oracle, RandomNeurons
 from cveff.sparsity.cats import CATS
 from cveff.sparsity.fitted import Fitted, fit, load
+from cveff.sparsity.heads import HeadPredictor
 from cveff.sparsity.predictor import Predictor
 from cveff.sparsity.quality import Quality, quality
 from cveff.sparsity.structure import Mlp, find_mlps
@@ -13,6 +14,7 @@ __all__ = [
     "CATS",
     "TEAL",
     "Fitted",
+    "HeadPredictor",
     "HotNeurons",
     "Mlp",
     "Oracle",

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from cveff.errors import StepError
 from cveff.sparsity.fitted import Fitted
+from cveff.sparsity.head_hook import HeadHook
+from cveff.sparsity.heads import HeadPredictor
 from cveff.sparsity.layers import InputHook, NeuronHook, PairHook, Shared, SparseHook
 from cveff.sparsity.structure import find_mlps
 from cveff.sparsity.teal import TEAL
@@ -104,6 +106,11 @@ def _hooks(model: nn.Module, fitted: Fitted, shared: Shared) -> dict[str, Sparse
     if isinstance(method, TEAL):
         for (path, layer), tensors in zip(method.layers(model).items(), fitted.tensors, strict=True):
             hooks[path] = InputHook(layer, tensors["threshold"].to(layer.weight.device), shared)
+        return hooks
+    if isinstance(method, HeadPredictor):
+        for attention, tensors in zip(method.attentions(model), fitted.tensors, strict=True):
+            moved = {name: tensor.to(attention.query.weight.device) for name, tensor in tensors.items()}
+            hooks[attention.path] = HeadHook(attention, method, moved, shared)
         return hooks
     before: NeuronHook | None = None
     for mlp, tensors in zip(find_mlps(model), fitted.tensors, strict=True):

@@ -18,13 +18,14 @@ from cveff.files import atomic_folder, write_json
 from cveff.sparsity.baselines import HotNeurons, Oracle, RandomNeurons
 from cveff.sparsity.cats import CATS
 from cveff.sparsity.collect import Document
+from cveff.sparsity.heads import HeadPredictor
 from cveff.sparsity.method import Tensors
 from cveff.sparsity.predictor import Predictor
 from cveff.sparsity.structure import find_mlps
 from cveff.sparsity.teal import TEAL
 
-Method = Oracle | HotNeurons | RandomNeurons | Predictor | CATS | TEAL
-METHODS: tuple[type[Method], ...] = (Oracle, HotNeurons, RandomNeurons, Predictor, CATS, TEAL)
+Method = Oracle | HotNeurons | RandomNeurons | Predictor | HeadPredictor | CATS | TEAL
+METHODS: tuple[type[Method], ...] = (Oracle, HotNeurons, RandomNeurons, Predictor, HeadPredictor, CATS, TEAL)
 _VERSION = 1
 _PROBES = 8
 _CLOSE = 2**-7
@@ -33,7 +34,7 @@ _CLOSE = 2**-7
 
 @dataclass(frozen=True)
 class Layer:
-    """Which MLP (or, of TEAL, linear layer) some tensors were fitted to.
+    """Which MLP (or attention, or linear layer) some tensors were fitted to.
 
     Attributes:
         path: in the network.
@@ -110,6 +111,8 @@ class Fitted:
         wanted: list[dict[str, tuple[int, ...]]]
         if isinstance(self.method, TEAL):
             wanted = [{"threshold": ()} for _ in self.layers]
+        elif isinstance(self.method, HeadPredictor):
+            wanted = [self.method.head_shapes(attention) for attention in self.method.attentions(model)]
         else:
             method = self.method
             wanted = [method.shapes(mlp) for mlp in find_mlps(model)]
@@ -128,13 +131,16 @@ def fit(model: nn.Module, method: Method, documents: Sequence[Document] = ()) ->
             `Oracle` and `RandomNeurons` do without.
 
     Raises:
-        StepError: the network has no MLP, or documents are too few.
+        StepError: the network has nothing the method could choose from, or documents are too few.
     """
     layers = layers_of(method, model)
     with torch.no_grad():
         if isinstance(method, TEAL):
             return Fitted(method, layers, tuple(method.fit(model, documents)))
-        tensors, report = method.fit(model, find_mlps(model), documents)
+        if isinstance(method, HeadPredictor):
+            tensors, report = method.fit_heads(method.attentions(model), model, documents)
+        else:
+            tensors, report = method.fit(model, find_mlps(model), documents)
     return Fitted(method, layers, tuple(tensors), report)
 
 
@@ -152,7 +158,7 @@ def load(path: str | Path) -> Fitted:
         raise CheckpointError(f"{folder} cannot be read: {error}; fit the method anew") from error
     try:
         return _checked(about, flat)
-    except (KeyError, TypeError, ValueError, AttributeError, StepError) as error:
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, StepError) as error:
         raise CheckpointError(
             f"{folder / 'sparsity.json'} is damaged: {error!r}; fit the method anew"
         ) from error
@@ -166,6 +172,8 @@ def layers_of(method: Method, model: nn.Module) -> tuple[Layer, ...]:
     """
     if isinstance(method, TEAL):
         return tuple(_layer(path, layer.weight) for path, layer in method.layers(model).items())
+    if isinstance(method, HeadPredictor):
+        return tuple(_layer(own.path, own.query.weight) for own in method.attentions(model))
     return tuple(_layer(mlp.path, mlp.first[0].weight) for mlp in find_mlps(model))
 
 

@@ -197,7 +197,10 @@ class PairHook(NeuronHook):
         return some_inputs(values, down.weight.t(), self._listed, down.bias).reshape(*x.shape[:-1], -1)
 
     def _ways(self, flat: Tensor) -> _Ways:
-        return lambda: self._last(self._first(flat)), lambda index: self._part(flat, index, None)
+        down = self.mlp.down
+        return lambda: F.linear(self.mlp.values(flat), down.weight, down.bias), lambda index: self._part(
+            flat, index, None
+        )
 
 
 class InputHook(SparseHook):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -87,62 +87,32 @@ class Predictor:
         found, quality = [], []
         for i, mlp in enumerate(mlps):
             before = max(0, i - 1) if self.lookahead else i
-            tensors, figures = self._train(
-                mlp, *((tokens[side][i], tokens[side][before]) for side in (False, True))
-            )
+            sides = [
+                (
+                    tokens[side][before],
+                    torch.cat([self.labels(mlp, x) for x in tokens[side][i].split(4096)]),
+                )
+                for side in (False, True)
+            ]
+            tensors, figures = learn(self, kept_of(mlp, self.keep), sides[0], sides[1])
             found.append(tensors)
             quality.append(figures)
-        means = {name: math.fsum(figures[name] for figures in quality) / len(quality) for name in quality[0]}
-        return found, means
+        return found, means(quality)
+
+    def rank_for(self, inputs: int) -> int:
+        """Rows of D for inputs of this width."""
+        return self.rank or max(32, inputs // 12)
 
     def shapes(self, mlp: Mlp) -> dict[str, tuple[int, ...]]:
         """`first` D, `second` U and `bias` b."""
-        rank = self.rank or max(32, mlp.inputs // 12)
+        rank = self.rank_for(mlp.inputs)
         return {"first": (rank, mlp.inputs), "second": (mlp.hidden, rank), "bias": (mlp.hidden,)}
 
     def choose(
         self, tensors: Mapping[str, Tensor], mlp: Mlp, x: Tensor, seen: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """As `NeuronMethod`."""
-        return largest(_logits(tensors, seen.float()), kept_of(mlp, self.keep)), None
-
-    def _train(
-        self, mlp: Mlp, train: tuple[Tensor, Tensor], held: tuple[Tensor, Tensor]
-    ) -> tuple[Tensors, dict[str, float]]:
-        device = train[0].device
-        generator = torch.Generator().manual_seed(self.seed)
-        with torch.no_grad():
-            share = torch.cat([self.labels(mlp, x).float().sum(0)[None] for x in train[0].split(4096)]).sum(0)
-            share = (share / len(train[0])).clamp(1e-4, 1 - 1e-4)
-        shapes = self.shapes(mlp)
-        first = torch.randn(shapes["first"], generator=generator) / math.sqrt(mlp.inputs)
-        tensors = {
-            "first": first.to(device).requires_grad_(),
-            "second": torch.zeros(shapes["second"], device=device).requires_grad_(),
-            "bias": torch.logit(share).requires_grad_(),
-        }
-        optimizer = torch.optim.AdamW(tensors.values(), lr=self.learning_rate, weight_decay=self.weight_decay)
-        best, stale = {name: value.detach().clone() for name, value in tensors.items()}, 0
-        figures = self._quality(best, mlp, held)
-        for _ in range(self.epochs):
-            for x, seen in _batches(train, self.batch_size, generator):
-                with torch.no_grad():
-                    labels = self.labels(mlp, x).float()
-                positive = float(labels.mean()) + _BALANCE
-                with torch.enable_grad():
-                    loss = F.binary_cross_entropy_with_logits(
-                        _logits(tensors, seen), labels, labels * (1 - positive) + positive
-                    )
-                    optimizer.zero_grad()
-                    loss.backward()
-                optimizer.step()
-            new = self._quality(tensors, mlp, held)
-            stale += 1
-            if new["recall"] > figures["recall"]:
-                best, figures, stale = {name: t.detach().clone() for name, t in tensors.items()}, new, 0
-            if stale >= self.patience:
-                break
-        return best, figures
+        return largest(logits(tensors, seen.float()), kept_of(mlp, self.keep)), None
 
     def labels(self, mlp: Mlp, x: Tensor) -> Tensor:
         """The neurons that each token of x (N, inputs) needs, (N, hidden) bool."""
@@ -151,27 +121,70 @@ class Predictor:
             return values > 0
         return largest(values.abs(), kept_of(mlp, self.keep))
 
-    @torch.no_grad()
-    def _quality(
-        self, tensors: Mapping[str, Tensor], mlp: Mlp, held: tuple[Tensor, Tensor]
-    ) -> dict[str, float]:
-        """Of the neurons needed, how many are chosen; and of those chosen, how many are needed."""
-        hits = needed = chosen = 0
-        for x, seen in zip(held[0].split(1024), held[1].split(1024), strict=True):
-            labels, mask = self.labels(mlp, x), self.choose(tensors, mlp, x, seen)[0]
-            hits += int((labels & mask).sum())
-            needed += int(labels.sum())
-            chosen += int(mask.sum())
-        return {"recall": hits / max(1, needed), "precision": hits / max(1, chosen)}
+
+def learn(
+    settings: Predictor, count: int, train: tuple[Tensor, Tensor], held: tuple[Tensor, Tensor]
+) -> tuple[Tensors, dict[str, float]]:
+    """Train one predictor.
+
+    Args:
+        count: how many of the outputs are chosen for a token.
+        train, held: what it sees, (N, inputs) float32, and what is needed, (N, outputs) bool.
+
+    Returns:
+        `first` (rank, inputs), `second` (outputs, rank) and `bias` (outputs,); recall and precision on `held`.
+    """
+    (seen, wanted), device = train, train[0].device
+    generator = torch.Generator().manual_seed(settings.seed)
+    rank = settings.rank_for(seen.shape[1])
+    first = torch.randn(rank, seen.shape[1], generator=generator) / math.sqrt(seen.shape[1])
+    tensors = {
+        "first": first.to(device).requires_grad_(),
+        "second": torch.zeros(wanted.shape[1], rank, device=device).requires_grad_(),
+        "bias": torch.logit(wanted.float().mean(0).clamp(1e-4, 1 - 1e-4)).requires_grad_(),
+    }
+    optimizer = torch.optim.AdamW(
+        tensors.values(), lr=settings.learning_rate, weight_decay=settings.weight_decay
+    )
+    best, stale = {name: value.detach().clone() for name, value in tensors.items()}, 0
+    figures = _quality(best, count, held)
+    for _ in range(settings.epochs):
+        for places in torch.randperm(len(wanted), generator=generator).split(settings.batch_size):
+            here = places.to(device)
+            labels = wanted[here].float()
+            positive = float(labels.mean()) + _BALANCE
+            with torch.enable_grad():
+                loss = F.binary_cross_entropy_with_logits(
+                    logits(tensors, seen[here]), labels, labels * (1 - positive) + positive
+                )
+                optimizer.zero_grad()
+                loss.backward()
+            optimizer.step()
+        new = _quality(tensors, count, held)
+        stale += 1
+        if new["recall"] > figures["recall"]:
+            best, figures, stale = {name: t.detach().clone() for name, t in tensors.items()}, new, 0
+        if stale >= settings.patience:
+            break
+    return best, figures
 
 
-def _logits(tensors: Mapping[str, Tensor], seen: Tensor) -> Tensor:
+@torch.no_grad()
+def _quality(tensors: Mapping[str, Tensor], count: int, held: tuple[Tensor, Tensor]) -> dict[str, float]:
+    """Of the outputs needed, how many are chosen; and of those chosen, how many are needed."""
+    hits = chosen = 0
+    for seen, wanted in zip(held[0].split(1024), held[1].split(1024), strict=True):
+        mask = largest(logits(tensors, seen), count)
+        hits += int((wanted & mask).sum())
+        chosen += int(mask.sum())
+    return {"recall": hits / max(1, int(held[1].sum())), "precision": hits / max(1, chosen)}
+
+
+def logits(tensors: Mapping[str, Tensor], seen: Tensor) -> Tensor:
+    """(N, outputs) of what is seen, (N, inputs) float32."""
     return F.linear(F.linear(seen, tensors["first"]), tensors["second"], tensors["bias"])
 
 
-def _batches(
-    tokens: tuple[Tensor, Tensor], size: int, generator: torch.Generator
-) -> Iterator[tuple[Tensor, Tensor]]:
-    for places in torch.randperm(len(tokens[0]), generator=generator).split(size):
-        here = places.to(tokens[0].device)
-        yield tokens[0][here], tokens[1][here]
+def means(quality: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean over layers of each figure."""
+    return {name: math.fsum(own[name] for own in quality) / len(quality) for name in quality[0]}

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from cveff.errors import StepError
 from cveff.sparsity.collect import Document, watch
 from cveff.sparsity.fitted import Fitted
+from cveff.sparsity.heads import HeadPredictor
 from cveff.sparsity.structure import find_mlps
 from cveff.sparsity.teal import TEAL
 
@@ -40,12 +41,12 @@ def quality(model: nn.Module, fitted: Fitted, documents: Sequence[Document]) -> 
     everything is no merit of its own: any choice of a share s finds s of them by chance.
 
     Raises:
-        StepError: the method belongs to another network or chooses no neurons (TEAL), or there are no documents.
+        StepError: the method belongs to another network or chooses no neurons, or there are no documents.
     """
     fitted.check(model)
     method = fitted.method
-    if isinstance(method, TEAL):
-        raise StepError("TEAL chooses inputs of layers, not neurons; measure the perplexity instead")
+    if isinstance(method, TEAL | HeadPredictor):
+        raise StepError(f"{method.kind} chooses no neurons; measure the perplexity instead")
     mlps = find_mlps(model)
     tensors = [
         {name: tensor.to(mlp.down.weight.device) for name, tensor in own.items()}

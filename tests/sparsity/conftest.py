@@ -31,10 +31,13 @@ CONFIGS: dict[str, Callable[[], object]] = {
 }
 
 
-def decoder(family: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+def _decoder(family: str, dtype: torch.dtype = torch.float32, **changes: object) -> nn.Module:
     """A small network of the family, the same each time."""
     torch.manual_seed(0)
-    network = transformers.AutoModelForCausalLM.from_config(CONFIGS[family]()).eval()
+    config = CONFIGS[family]()
+    for name, value in changes.items():
+        setattr(config, name, value)
+    network = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for parameter in network.parameters():
             if parameter.ndim == 2:
@@ -42,11 +45,35 @@ def decoder(family: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     return network.to(dtype)
 
 
-def text(batch: int = 1, length: int = 12, seed: int = 0) -> torch.Tensor:
+def _text(batch: int = 1, length: int = 12, seed: int = 0) -> torch.Tensor:
     """Token ids without special ones, (batch, length)."""
     return torch.randint(3, 64, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
-def documents(count: int = 6) -> list[torch.Tensor]:
+def _documents(count: int = 6) -> list[torch.Tensor]:
     """Token ids of several texts."""
-    return [text(length=20, seed=seed) for seed in range(count)]
+    return [_text(length=20, seed=seed) for seed in range(count)]
+
+
+@pytest.fixture(scope="session")
+def decoder() -> Callable[..., nn.Module]:
+    """Builds a small network of a family."""
+    return _decoder
+
+
+@pytest.fixture(scope="session")
+def text() -> Callable[..., torch.Tensor]:
+    """Draws token ids."""
+    return _text
+
+
+@pytest.fixture(scope="session")
+def documents() -> Callable[..., list[torch.Tensor]]:
+    """Draws token ids of several texts."""
+    return _documents
+
+
+@pytest.fixture(params=list(CONFIGS))
+def family(request: pytest.FixtureRequest) -> str:
+    """Each family's name."""
+    return str(request.param)
