@@ -95,6 +95,7 @@ def attach(
     hooks = _hooks(model, fitted, shared)
     with ExitStack() as stack:
         stack.callback(model.register_forward_pre_hook(_watch_length(shared), with_kwargs=True).remove)
+        stack.callback(model.register_forward_hook(_forget_length(shared), always_call=True).remove)
         for hook in hooks.values():
             stack.enter_context(hook.installed())
         yield Sparse(fitted, hooks)
@@ -126,6 +127,16 @@ def _watch_length(shared: Shared) -> Any:
     def before(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         given = [keywords[name] for name in _SEQUENCES if isinstance(keywords.get(name), Tensor)]
         given += [argument for argument in arguments if isinstance(argument, Tensor)]
-        shared.decoding = bool(given) and given[0].dim() >= 2 and given[0].shape[1] == 1
+        # Token ids (B, 1) or their embeddings (B, 1, inputs); four dimensions are images.
+        shared.decoding = bool(given) and given[0].dim() in (2, 3) and given[0].shape[1] == 1
 
     return before
+
+
+def _forget_length(shared: Shared) -> Any:
+    """A hook that ends what the other began: a part of the network called by itself is dense."""
+
+    def after(*_: Any) -> None:
+        shared.decoding = False
+
+    return after

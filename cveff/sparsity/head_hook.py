@@ -91,7 +91,7 @@ def attend(
     if groups is None or query.shape[2] != 1:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **more)
     batch, kv_heads, length, head_dim = key.shape
-    if attention_mask is None:
+    if attention_mask is None and more.get("softcap") is None and more.get("position_bias") is None:
         offsets = torch.arange(batch * kv_heads + 1, dtype=torch.int32, device=key.device) * length
         lengths = torch.zeros(batch, kv_heads, dtype=torch.int32, device=key.device)
         lengths[:, groups] = length

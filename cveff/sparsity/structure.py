@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from cveff.errors import StepError
 from cveff.kernels.gather_mlp.reference import ACTIVATIONS
+from cveff.sparsity.collect import evaluating
 
 _GATED = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 _FUSED = ("gate_up_proj", "down_proj")
@@ -139,11 +140,8 @@ def _prove(mlp: Mlp) -> None:
     weight = mlp.down.weight
     x = torch.randn(1, 1, mlp.inputs, generator=torch.Generator().manual_seed(0))
     x = x.to(weight.device, weight.dtype)
-    training = mlp.owner.training
-    try:
-        found = mlp.owner.eval()(x)
-    finally:
-        mlp.owner.train(training)
+    with evaluating(mlp.owner):
+        found = mlp.owner(x)
     expected = F.linear(mlp.values(x[0]), weight, mlp.down.bias)
     tolerance = 1e-4 if weight.dtype == torch.float32 else 0.05
     if (found[0] - expected).abs().max() > tolerance * expected.abs().max().clamp(min=1e-6):

@@ -41,8 +41,9 @@ def _values(
     here = place < kept
     neuron = tl.load(neurons + place, here, other=0).to(tl.int64)
     image = tl.arange(0, BATCH)
-    up_sum = tl.zeros([BATCH, NEURONS], tl.float32)
-    gate_sum = tl.zeros([BATCH, NEURONS], tl.float32)
+    # Summed over columns once, at the end: a sum in every step would make all threads wait for one another.
+    up_parts = tl.zeros([BATCH, NEURONS, INPUTS], tl.float32)
+    gate_parts = tl.zeros([BATCH, NEURONS, INPUTS], tl.float32)
     for start in range(0, inputs, INPUTS):
         column = start + tl.arange(0, INPUTS)
         inside = here[:, None] & (column < inputs)[None, :]
@@ -52,15 +53,17 @@ def _values(
             other=0.0,
         ).to(tl.float32)
         row = tl.load(up + neuron[:, None] * up_stride + column[None, :], inside, other=0.0).to(tl.float32)
-        up_sum += tl.sum(part[:, None, :] * row[None, :, :], axis=2)
+        up_parts += part[:, None, :] * row[None, :, :]
         if HAS_GATE:
             row = tl.load(gate + neuron[:, None] * gate_stride + column[None, :], inside, other=0.0)
-            gate_sum += tl.sum(part[:, None, :] * row.to(tl.float32)[None, :, :], axis=2)
+            gate_parts += part[:, None, :] * row.to(tl.float32)[None, :, :]
+    up_sum = tl.sum(up_parts, axis=2)
     if HAS_UP_BIAS:
         up_sum += tl.load(up_bias + neuron, here, other=0.0).to(tl.float32)[None, :]
     mask = (image < batch)[:, None] & here[None, :]
     offset = image[:, None] * kept + place[None, :]
     if HAS_GATE:
+        gate_sum = tl.sum(gate_parts, axis=2)
         if HAS_GATE_BIAS:
             gate_sum += tl.load(gate_bias + neuron, here, other=0.0).to(tl.float32)[None, :]
         found = up_sum * _activate(gate_sum, ACTIVATION)
@@ -80,7 +83,7 @@ def _rows(
     column = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     part = tl.program_id(1)
     image = tl.arange(0, BATCH)
-    found = tl.zeros([BATCH, OUTPUTS], tl.float32)
+    parts = tl.zeros([BATCH, NEURONS, OUTPUTS], tl.float32)
     first = part * part_size
     last = tl.minimum(first + part_size, kept)
     for start in range(first, last, NEURONS):
@@ -97,7 +100,8 @@ def _rows(
             here[:, None] & (column < outputs)[None, :],
             other=0.0,
         ).to(tl.float32)
-        found += tl.sum(value[:, :, None] * row[None, :, :], axis=1)
+        parts += value[:, :, None] * row[None, :, :]
+    found = tl.sum(parts, axis=1)
     mask = (image < batch)[:, None] & (column < outputs)[None, :]
     tl.store(partial + (part * batch + image[:, None]) * outputs + column[None, :], found, mask)
 
