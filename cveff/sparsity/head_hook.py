@@ -86,7 +86,8 @@ def attend(
     """An attention function of transformers' kind: what the module's hook did not choose is not read, and is zero."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    hook: HeadHook = module.q_proj.forward.__self__  # type: ignore[union-attr, assignment]
+    layer: Any = module.q_proj
+    hook: HeadHook = layer.forward.__self__
     groups = hook.groups
     if groups is None or query.shape[2] != 1:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **more)
@@ -95,9 +96,9 @@ def attend(
         offsets = torch.arange(batch * kv_heads + 1, dtype=torch.int32, device=key.device) * length
         lengths = torch.zeros(batch, kv_heads, dtype=torch.int32, device=key.device)
         lengths[:, groups] = length
-        flat = (part.reshape(-1, head_dim) for part in (key, value))
+        keys, values = key.reshape(-1, head_dim), value.reshape(-1, head_dim)
         scale = more.get("scaling") or head_dim**-0.5
-        found = decode_attention(query[:, :, 0], *flat, offsets, lengths.flatten(), scale)
+        found = decode_attention(query[:, :, 0], keys, values, offsets, lengths.flatten(), scale)
         return found[:, None], None
     per_group = query.shape[1] // kv_heads
     heads = (groups[:, None] * per_group + torch.arange(per_group, device=groups.device)).flatten()
