@@ -41,7 +41,9 @@ from cveff.kernels.decode_attention import decode_attention
 
 torch.manual_seed(0)
 for batch, heads, group, size in ((1, 2, 1, 16), (2, 1, 4, 40)):
-    for dtype, tolerance in ((torch.float32, 2e-6), (torch.bfloat16, 2**-6)):  # weights are rounded too
+    # The interpreter multiplies the bits of bfloat16 matrices as integers; float16 stands in for them.
+    half = torch.bfloat16 if group < 4 else torch.float16
+    for dtype, tolerance in ((torch.float32, 2e-6), (half, 2**-7)):
         segments = batch * heads
         lengths = torch.randint(0, 140, (segments,), dtype=torch.int32)
         lengths[-1] = 0
