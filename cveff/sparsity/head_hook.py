@@ -102,7 +102,9 @@ def attend(
         return found[:, None], None
     per_group = query.shape[1] // kv_heads
     heads = (groups[:, None] * per_group + torch.arange(per_group, device=groups.device)).flatten()
-    mask = attention_mask if attention_mask.shape[1] == 1 else attention_mask[:, heads]
+    mask = attention_mask
+    if mask is not None and mask.shape[1] != 1:
+        mask = mask[:, heads]
     part, _ = sdpa_attention_forward(module, query[:, heads], key[:, groups], value[:, groups], mask, **more)
     found = part.new_zeros(batch, 1, query.shape[1], head_dim)
     found[:, :, heads] = part
