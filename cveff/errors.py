@@ -14,6 +14,7 @@ __all__ = [
     "ExportError",
     "ImageError",
     "InputSizeError",
+    "KernelError",
     "MissingDependencyError",
     "RecipeError",
     "StepError",
@@ -41,6 +42,10 @@ class DataError(CveffError):
 
 class ExportError(CveffError):
     """A model could not be exported, or the exported file does not agree with it."""
+
+
+class KernelError(CveffError):
+    """Tensors that an operation has no meaning for, or an implementation of it that cannot run here."""
 
 
 class RecipeError(CveffError):

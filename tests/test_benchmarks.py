@@ -45,6 +45,9 @@ SCRIPTS = (
     "data_efficiency",
     "galore",
     "kv_cache",
+    "gather_mlp",
+    "decode_attention",
+    "contextual_sparsity",
 )
 HELPERS = (
     "architectures",
@@ -56,6 +59,7 @@ HELPERS = (
     "emulated",
     "kv_cache_models",
     "kv_cache_parts",
+    "kernel_timing",
     "latency_table_models",
     "latency_table_slimmed",
     "modelopt_peer",
@@ -405,3 +409,48 @@ def test_the_caches_bars_are_read_from_rows(benchmark_module) -> None:
     assert not found["attention at half"]["passes"]
     row["removed"] = 0.2
     assert not benchmark_module("kv_cache").summary(values)["llama/code"]["fastgen 0.98"]["passes"]
+
+
+def test_the_gathered_mlp_passes_only_with_every_bar(benchmark_module) -> None:
+    subject = benchmark_module("gather_mlp")
+    ways = {f"ours, {kept} kept": {"times_as_fast": bar} for kept, bar in subject.BARS.items()}
+    assert all(bar["passes"] for bar in subject.summary({subject.BARRED: ways}).values())
+    slower = ways | {"ours, 0.25 kept": {"times_as_fast": 2.99}}
+    passes = {kept: bar["passes"] for kept, bar in subject.summary({subject.BARRED: slower}).items()}
+    assert passes == {"1.0": True, "0.5": True, "0.25": False}
+    assert subject.summary({}) == {}
+
+
+def test_half_a_cache_passes_at_its_share_of_the_time(benchmark_module) -> None:
+    subject = benchmark_module("decode_attention")
+    ways = {"ours, 1.0 kept": {"ms": 2.0}, "ours, 0.5 kept": {"ms": 1.3}}
+    assert subject.summary({subject.BARRED: {subject.CONTEXT: ways}})["passes"] is True
+    slower = ways | {"ours, 0.5 kept": {"ms": 1.31}}
+    assert subject.summary({subject.BARRED: {subject.CONTEXT: slower}})["passes"] is False
+    assert subject.summary({}) == {}
+    cache = [torch.randn(2, 4, 100, 8)]
+    keys, _, offsets, lengths = subject.ragged(cache, cache, 0.5)
+    assert int(lengths.sum()) == 400 and len(keys[0]) == 400 and offsets.tolist()[-1] == 400
+    assert torch.equal(keys[0][: int(lengths[0])], cache[0][0, 0, : int(lengths[0])])
+
+
+def test_weights_are_rotated_over_more_than_the_caches(benchmark_module) -> None:
+    subject = benchmark_module("kernel_timing")
+    for size in (1e3, 5e6, 64e6, 1e9):
+        assert subject.copies(size) * size > subject.ROTATED and subject.copies(size) >= 2
+    calls: list[tuple[str, int]] = []
+    ways = {name: lambda copy, name=name: calls.append((name, copy)) for name in ("a", "b")}
+    found = subject.in_turns(ways, "a", 7, 3)
+    assert found["a"]["times_as_fast"] == 1 and len(calls) == 2 * 3 * 8
+
+
+def test_the_predictor_passes_only_before_hot_and_random_neurons(benchmark_module) -> None:
+    subject = benchmark_module("contextual_sparsity")
+    rows = {
+        f"{name} 0.5": {"recall": recall, "perplexity": perplexity}
+        for name, recall, perplexity in (("predictor", 0.7, 20.0), ("hot", 0.6, 25.0), ("random", 0.5, 90.0))
+    }
+    assert subject.summary(rows)["0.5"]["passes"] is True and list(subject.summary(rows)) == ["0.5"]
+    for change in ({"recall": 0.6}, {"perplexity": 25.0}):
+        worse = rows | {"predictor 0.5": {**rows["predictor 0.5"], **change}}
+        assert subject.summary(worse)["0.5"]["passes"] is False

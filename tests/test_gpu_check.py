@@ -47,6 +47,13 @@ def test_it_runs_on_a_cpu_with_torch_and_timm_alone_and_goes_on_where_it_stopped
     assert found["command"].startswith("python tools/gpu_check.py") and str(tmp_path) not in found["command"]
     assert "torch" in found["versions"] and "cpu" in found["machine"]
     assert set(found["matrix_rate"]) == {"fp32", "bf16", "fp16"}
+    kernels = found["kernels"]
+    assert len(kernels["cells"]) == 9 and all(cell["ms"] > 0 for cell in kernels["cells"].values())
+    cell = kernels["cells"]["gather_mlp 64x128, batch 1, 0.5 kept"]
+    assert cell["bytes"] == 3 * 64 * 64 * 2
+    assert cell["of_memory"] == pytest.approx(
+        cell["bytes"] / cell["ms"] / 1e6 / kernels["copy_gb_per_second"]
+    )
     cells = found["networks"]["small_resnet_s/8"]["batches"]
     assert list(cells) == ["1", "4"]
     assert len(cells["4"]) == 4  # formats

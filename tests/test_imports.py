@@ -17,7 +17,7 @@ LEVELS: list[list[str]] = [
     ["cveff.edits", "cveff.log", "cveff.state"],
     ["cveff.backbones.small_resnet", "cveff.backbones", "cveff.tasks"],
     ["cveff.model"],
-    ["cveff.kv"],
+    ["cveff.kv", "cveff.sparsity"],
     ["cveff.data"],
     ["cveff.measure"],
     ["cveff.steps"],

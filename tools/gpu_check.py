@@ -28,6 +28,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import gpu_kernels
 import torch
 from gpu_ways import AOT, COMPILED, EAGER, FORMATS, GRAPH, TENSORRT, WAYS, Call, Deployed, Graphed, built
 from torch import nn
@@ -76,6 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results.setdefault("networks", {})
     if "matrix_rate" not in results:
         results["matrix_rate"] = matrix_rates(device, options.quick)
+    if "kernels" not in results:
+        results["kernels"] = gpu_kernels.measure(device, options.quick, options.seconds, in_turns)
     for name, create in networks.items():
         if name not in results["networks"]:
             print(f"{name}:", flush=True)
@@ -84,6 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.out:
             write_json(options.out, results)
     show(results)
+    gpu_kernels.show(results["kernels"])
 
 
 def measure(
