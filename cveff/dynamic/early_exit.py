@@ -55,7 +55,9 @@ class EarlyExit:
 
     def __post_init__(self) -> None:
         if self.method not in get_args(Method):
-            raise StepError(f"early_exit.method is {self.method!r}; give one of {', '.join(get_args(Method))}")
+            raise StepError(
+                f"early_exit.method is {self.method!r}; give one of {', '.join(get_args(Method))}"
+            )
         if not 0 <= self.alpha <= 1:
             raise StepError(f"early_exit.alpha is {self.alpha!r}; give a number from 0 to 1")
         if not 0 < self.temperature < float("inf"):
@@ -86,14 +88,17 @@ class EarlyExit:
         spec, module = model.spec, model.module
         if any(edit.kind == self.kind for edit in spec.edits):
             raise StepError(f"{spec.architecture} has early exits already; start from the model without them")
-        points = named(module, spec.input, self.exits) if self.exits else choose(exit_points(module, spec.input))
+        points = (
+            named(module, spec.input, self.exits) if self.exits else choose(exit_points(module, spec.input))
+        )
         if not points:
             raise StepError(
                 f"{spec.architecture} has no block through which everything behind it sees the image, so it cannot be "
                 "left early; name blocks with exits=…, or make a cascade of two models"
             )
         run.progress.message(
-            "exits behind " + ", ".join(f"{point.path} ({100 * point.share:.0f}% of MACs)" for point in points)
+            "exits behind "
+            + ", ".join(f"{point.path} ({100 * point.share:.0f}% of MACs)" for point in points)
         )
         edit = Exits(
             paths=tuple(point.path for point in points),

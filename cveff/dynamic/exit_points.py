@@ -41,6 +41,9 @@ class ExitPoint:
 def exit_points(module: nn.Module, spec: InputSpec) -> list[ExitPoint]:
     """Every block that can be left, in the order they run; of modules that end at one value the outermost.
 
+    Blocks are the members of sequences and of the network itself; layers within them are passed over, unless there is
+    nothing else.
+
     Raises:
         StepError: the network cannot be traced.
     """
@@ -55,12 +58,16 @@ def exit_points(module: nn.Module, spec: InputSpec) -> list[ExitPoint]:
         share = shares[ends[stage.path]]
         if _FIRST <= share <= _LAST:
             found.append(ExitPoint(stage.path, share, _pool(module, stage), stage.channels))
-    return found
+    return [point for point in found if _is_block(module, point.path)] or found
 
 
 def choose(points: Sequence[ExitPoint], shares: Sequence[float] = SHARES) -> list[ExitPoint]:
     """The block nearest to each of these shares of the operations, without repeating one."""
-    chosen = {min(points, key=lambda point: abs(point.share - share)).path for share in shares} if points else set()
+    chosen = (
+        {min(points, key=lambda point: abs(point.share - share)).path for share in shares}
+        if points
+        else set()
+    )
     return [point for point in points if point.path in chosen]
 
 
@@ -88,7 +95,8 @@ def named(module: nn.Module, spec: InputSpec, paths: Sequence[str]) -> list[Exit
             )
     ordered = sorted(dict.fromkeys(paths), key=lambda path: ends[path])
     return [
-        ExitPoint(path, done[ends[path]], _pool(module, stages[path]), stages[path].channels) for path in ordered
+        ExitPoint(path, done[ends[path]], _pool(module, stages[path]), stages[path].channels)
+        for path in ordered
     ]
 
 
@@ -155,6 +163,12 @@ def _stages(module: nn.Module, spec: InputSpec, paths: Sequence[str]) -> list[St
         module.train(was_training)
     found = [stage_of(path, outputs.get(path), spec.size) for path in paths]
     return [stage for stage in found if stage is not None]
+
+
+def _is_block(module: nn.Module, path: str) -> bool:
+    around = module.get_submodule(path.rpartition(".")[0])
+    is_member = around is module or isinstance(around, (nn.Sequential, nn.ModuleList))
+    return is_member and any(module.get_submodule(path).children())
 
 
 def _pool(module: nn.Module, stage: Stage) -> Pool:

@@ -43,7 +43,7 @@ class Goal:
     accuracy_drop: float | None = None
 
     def __post_init__(self) -> None:
-        if self.mean_latency is not None and not 0 < self.mean_latency:
+        if self.mean_latency is not None and not self.mean_latency > 0:
             raise StepError(
                 f"mean_latency is {self.mean_latency!r}; give a share of the full network's, such as 0.5"
             )
@@ -107,7 +107,9 @@ class Frontier:
         free = len(correct) - 1
         quantiles = min(MAX_QUANTILES, int(COMBINATIONS ** (1 / max(1, free)) + 1e-9))
         if free < 1 or quantiles < MIN_QUANTILES:
-            raise StepError(f"{len(correct)} exits cannot be solved for; give 2 to 10, the full network included")
+            raise StepError(
+                f"{len(correct)} exits cannot be solved for; give 2 to 10, the full network included"
+            )
         self._certainties = np.nan_to_num(np.asarray(certainties[:-1], np.float64), nan=-np.inf)
         self._correct, self._full_ms = correct.astype(bool), full_ms
         self._milliseconds = np.asarray(milliseconds, np.float64)

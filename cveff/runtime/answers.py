@@ -62,7 +62,10 @@ def answers(
     if engine.cascade is not None:
         probabilities, left = engine.staged(pixels)
         return [
-            {"predictions": _predictions(engine, row, settings.top_k), "stage": engine.cascade.stages[stage].name}
+            {
+                "predictions": _predictions(engine, row, settings.top_k),
+                "stage": engine.cascade.stages[stage].name,
+            }
             for row, stage in zip(probabilities, left, strict=True)
         ]
     return [

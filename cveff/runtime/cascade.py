@@ -255,9 +255,7 @@ class Cascade(Session):
                 )
             if stage.goes_on != bool(session.carried):
                 takes = "what another stage carries" if session.carried else "images"
-                raise BundleError(
-                    f"{session.path} takes {takes}, the manifest says otherwise; it is damaged"
-                )
+                raise BundleError(f"{session.path} takes {takes}, the manifest says otherwise; it is damaged")
             missing = set(session.carried) - names
             if missing:
                 raise BundleError(
@@ -265,8 +263,7 @@ class Cascade(Session):
                     "parts do not belong together"
                 )
             if not stage.goes_on and (
-                session.size not in (None, stage.size)
-                or session.channels not in (None, self._spec.channels)
+                session.size not in (None, stage.size) or session.channels not in (None, self._spec.channels)
             ):
                 raise BundleError(
                     f"{session.path} takes images {session.size} with {session.channels} channels, but the manifest says "
@@ -327,9 +324,9 @@ def _on(stages: Stages, engine: str) -> Stages:
     return replace(
         stages,
         stages=tuple(
-            stage if stage.file.engine == name else replace(stage, file=replace(stage.file, engine=name, options={}))
+            stage
+            if stage.file.engine == name
+            else replace(stage, file=replace(stage.file, engine=name, options={}))
             for stage in stages.stages
         ),
     )
-
-

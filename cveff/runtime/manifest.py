@@ -37,7 +37,15 @@ _KEYS: Mapping[str, type | tuple[type, ...]] = {
     "versions": dict,
     "machine": dict,
 }
-_WORDS = {int: "an integer", dict: "an object", str: "a string", list: "a list", float: "a number", bool: "true or false", type(None): "null"}
+_WORDS = {
+    int: "an integer",
+    dict: "an object",
+    str: "a string",
+    list: "a list",
+    float: "a number",
+    bool: "true or false",
+    type(None): "null",
+}
 
 
 @dataclass(frozen=True)
