@@ -92,7 +92,7 @@ def threshold_curve(curve: Sequence[Mapping[str, Any]], chosen: Mapping[str, Any
 
 
 def pictures(split: Split, labels: Sequence[str], staged: Staged) -> list[Sample]:
-    """Hard images, that left last with the least certain answers, then easy ones, that left first with the most certain."""
+    """Hard images, that left last and least certain of their answers, then easy ones, that left first and most certain."""
     probability = softmax(staged.logits).max(axis=1)
     predicted, original = staged.logits.argmax(axis=1), staged.reference_logits.argmax(axis=1)
     hard = np.lexsort((probability, -staged.left))[:NUM_HARD]

@@ -1,4 +1,4 @@
-"""A staged bundle from its files: every exit's answers, measured times, thresholds solved for, and proof on other images."""
+"""A staged bundle from its files: every exit's answers, measured times, thresholds, and proof on other images."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from cveff.data.dataset import Split
 from cveff.dynamic.thresholds import Choice, Frontier, Goal
 from cveff.errors import EngineError
 from cveff.export.scoring import SCORING_BATCH, first_images
+from cveff.export.streams import STREAM_CALLS, Stream, stream_times
 from cveff.measure.accuracy import agreement, top1
 from cveff.measure.latency import Latency, compare
 from cveff.measure.parity import relative_difference
@@ -30,8 +31,6 @@ from cveff.runtime.stages import Stage, Stages
 
 STAGE_SECONDS, STREAM_SECONDS = 8.0, 8.0
 """Time for rounds of single images through the first stages, and of streams of images at each batch size."""
-STREAM_CALLS = 32
-"""Calls of a stream: a mean over images, as some leave early and others do not."""
 
 
 @dataclass(frozen=True)
@@ -259,59 +258,11 @@ class _Depth:
         return self._cascade.answer(images, self._thresholds)[0]
 
 
-class _Stream:
-    """A predictor called on one batch after another; its answer is the last one's."""
-
-    def __init__(self, predictor: Predictor, batches: Sequence[np.ndarray]) -> None:
-        self.threads = getattr(predictor, "threads", None)
-        self._predictor, self._batches = predictor, batches
-
-    def __call__(self, images: np.ndarray) -> np.ndarray:
-        for batch in self._batches:
-            found = self._predictor(batch)
-        return found
-
-
-def stream_times(
-    predictors: Mapping[str, Predictor],
-    images: np.ndarray,
-    batch: int,
-    *,
-    calls: int = STREAM_CALLS,
-    seconds: float = STREAM_SECONDS,
-    seed: int = 0,
-) -> dict[str, Latency]:
-    """Mean times of a call in a stream of batches, all predictors in turns.
-
-    Args:
-        images: (N, H, W, C) uint8, repeated where there are fewer than `calls * batch`.
-
-    Returns:
-        a `Latency` each, whose times are those of a whole stream divided by its calls.
-    """
-    pool = np.resize(images, (calls * batch, *images.shape[1:]))
-    batches = [np.ascontiguousarray(pool[start : start + batch]) for start in range(0, len(pool), batch)]
-    streams = {name: _Stream(predictor, batches) for name, predictor in predictors.items()}
-    found = compare(streams, pool[:batch], budget_seconds=seconds, seed=seed)
-    return {name: _per_call(latency, calls) for name, latency in found.items()}
-
-
 def _stream(
     predictors: Mapping[str, Predictor], images: np.ndarray, batch: int, seed: int
 ) -> dict[str, Latency]:
-    return stream_times(predictors, images, batch, seconds=STREAM_SECONDS, seed=seed)
-
-
-def _per_call(latency: Latency, calls: int) -> Latency:
-    return replace(
-        latency,
-        median_ms=latency.median_ms / calls,
-        p10=latency.p10 / calls,
-        p90=latency.p90 / calls,
-        min_ms=latency.min_ms / calls,
-        throughput=latency.throughput * calls,
-        rounds_ms=tuple(value / calls for value in latency.rounds_ms),
-    )
+    streams = {name: Stream(predictor, images, batch) for name, predictor in predictors.items()}
+    return stream_times(streams, seconds=STREAM_SECONDS, seed=seed)
 
 
 def _times(cascade: Cascade, full: Predictor, image: np.ndarray, seed: int) -> tuple[list[float], float]:
@@ -330,7 +281,8 @@ def _answers(cascade: Cascade, split: Split, spec: InputSpec) -> list[np.ndarray
     for stage, logits in zip(cascade.stages, found, strict=True):
         if not np.isfinite(logits).all():
             raise EngineError(
-                f"stage {stage.name!r} gives logits that are not finite; its weights are damaged, or the engine overflows"
+                f"stage {stage.name!r} gives logits that are not finite; its weights are damaged, or the engine "
+                f"overflows"
             )
     return found
 

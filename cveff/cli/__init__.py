@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 import cveff
-from cveff.cli import check, compress, deploy, measure, models, quantize, recipe, targets, train
+from cveff.cli import cascade, check, compress, deploy, measure, models, quantize, recipe, targets, train
 from cveff.cli.options import examples
 from cveff.errors import CveffError
 
@@ -42,7 +42,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
-for verbs in (train, compress, quantize, deploy, check, measure, models):
+for verbs in (train, compress, quantize, deploy, cascade, check, measure, models):
     verbs.register(app)
 app.add_typer(recipe.app, name="recipe")
 app.add_typer(targets.app, name="targets")
