@@ -58,6 +58,14 @@ def write_staged(
         seed=seed,
         progress=progress,
     )
+    first = staged.streams[min(staged.streams)]
+    if first["stages"].median_ms >= first["full"].median_ms:
+        slower = (
+            f"The stages take longer than {parts.full_name}: the network is so small that what the gates cost is not "
+            "saved. Ship it without stages."
+        )
+        warnings = [*warnings, slower]
+        progress.message(slower)
     manifest = {
         **staged_manifest(parts, staged, selection, evaluation, goal, threads),
         "versions": installed_versions(PACKAGES),
