@@ -1,4 +1,5 @@
-"""Stages of one graph nested in ONNX `If`s: what follows an exit is computed only if some image is not certain there."""
+"""Stages of one graph nested in ONNX `If`s: what follows an exit is computed only if some image is not certain
+there."""
 
 from __future__ import annotations
 

@@ -43,8 +43,8 @@ def cascade(
     alone gets new thresholds.
 
     Args:
-        bundles: folders, fast to accurate; staged ones bring all their stages. Each may take images of its own size: the
-            runtime makes them of the last one's, which must be the largest.
+        bundles: folders, fast to accurate; staged ones bring all their stages. Each may take images of its own size:
+            the runtime makes them of the last one's, which must be the largest.
         exits: what thresholds are chosen for; shares of time and points are of the last bundle alone. By default no
             accuracy is lost, one standard error included.
         gate: "confidence", "entropy" or "margin".
@@ -87,7 +87,9 @@ def cascade(
             batch_sizes=batch_sizes,
             seed=seed,
             out=out,
-            extra={"recipe": {"cascade": {"bundles": [path.name for path in paths], "gate": gate, "seed": seed}}},
+            extra={
+                "recipe": {"cascade": {"bundles": [path.name for path in paths], "gate": gate, "seed": seed}}
+            },
             warnings=warnings,
             progress=progress,
         )
@@ -103,14 +105,17 @@ def _read(path: Path) -> dict[str, Any]:
 def _check_fit(paths: Sequence[Path], manifests: Sequence[dict[str, Any]]) -> None:
     last = manifests[-1] if manifests else {}
     if len(manifests) < 2 and "stages" not in last:
-        raise BundleError("a cascade needs two bundles or more, fast to accurate, or one that has stages already")
+        raise BundleError(
+            "a cascade needs two bundles or more, fast to accurate, or one that has stages already"
+        )
     size, channels = last["input"]["size"], last["input"]["channels"]
     for path, manifest in zip(paths, manifests, strict=True):
         if manifest["task"] != "classification":
             raise BundleError(f"{path} is a {manifest['task']} bundle; only classifiers can be left early")
         if manifest["labels"] != last["labels"]:
             raise BundleError(
-                f"{path} has {_some(manifest['labels'])}, {paths[-1]} has {_some(last['labels'])}; stages must have the "
+                f"{path} has {_some(manifest['labels'])}, {paths[-1]} has {_some(last['labels'])}; "
+                f"stages must have the "
                 "same labels in the same order"
             )
         own = manifest["input"]
@@ -120,7 +125,8 @@ def _check_fit(paths: Sequence[Path], manifests: Sequence[dict[str, Any]]) -> No
             )
         if own["size"][0] > size[0] or own["size"][1] > size[1]:
             raise BundleError(
-                f"{path} takes images {own['size']}, larger than {size} of {paths[-1]}; images are made smaller for earlier "
+                f"{path} takes images {own['size']}, larger than {size} of {paths[-1]}; images are made "
+                f"smaller for earlier "
                 "stages, so put the one with the largest last"
             )
 
@@ -130,9 +136,13 @@ def _check_data(data: Data, labels: tuple[str, ...]) -> list[str]:
         raise DataError(f"the bundles have {len(labels)} classes but {data.name} has {len(data.labels)}")
     for split in (data.val, data.evaluation):
         if split.targets is None or not len(split):
-            raise DataError(f"split {split.name!r} of {data.name} has no labelled images to choose thresholds on")
+            raise DataError(
+                f"split {split.name!r} of {data.name} has no labelled images to choose thresholds on"
+            )
     if tuple(data.labels) != labels and set(data.labels) == set(labels):
-        raise DataError(f"the labels of {data.name} stand in another order than the bundles'; order them alike")
+        raise DataError(
+            f"the labels of {data.name} stand in another order than the bundles'; order them alike"
+        )
     if len(data.val) < FEW_IMAGES:
         return [f"Thresholds were chosen on {len(data.val)} images only."]
     return []
@@ -192,7 +202,10 @@ def _with_companions(manifest: dict[str, Any], file: str) -> list[str]:
     engines_own = (".bin", ".onnx", ".plan", ".plan.json", ".onnx.data", ".data")
     beside = [path for path in listed if any(path == stem + suffix for suffix in engines_own)]
     is_alone = file.endswith((".onnx", ".pt2"))
-    return [file, *(path for path in beside if path != file and not (is_alone and not path.endswith(".data")))]
+    return [
+        file,
+        *(path for path in beside if path != file and not (is_alone and not path.endswith(".data"))),
+    ]
 
 
 def _moved(file: ModelFile, place: str, threads: int) -> ModelFile:

@@ -156,7 +156,8 @@ class Cut:
             shape = self._types[name].tensor_type.shape.dim if name in self._types else []
             if not shape or shape[0].dim_param != self.image.type.tensor_type.shape.dim[0].dim_param:
                 raise ExportError(
-                    f"{self.proto.graph.name} cannot be cut: {name} flows over a cut and its first dimension is not the "
+                    f"{self.proto.graph.name} cannot be cut: {name} flows over a cut and its first "
+                    f"dimension is not the "
                     "batch; leave the network behind another block"
                 )
         return tuple(sorted(crossing, key=lambda name: self._order.get(id(self._makers.get(name)), -1)))

@@ -96,7 +96,8 @@ def deploy(
         name: the model's name in the bundle; by default its architecture.
         exits: of a model with early exits, what thresholds are chosen for: by default half a point lost at most. Such a
             model becomes a staged bundle (docs/early_exit.md), in float32.
-        gate: of a model with early exits, what has to reach a threshold: "confidence" (by default), "entropy", "margin".
+        gate: of a model with early exits, what has to reach a threshold: "confidence" (by default), "entropy",
+            "margin".
         progress: where long work shows itself.
 
     Returns:

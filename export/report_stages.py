@@ -38,7 +38,8 @@ def stages_section(manifest: Mapping[str, Any]) -> str:
     )
     caption = (
         f"An image leaves a stage where its {stages['gate']} reaches the threshold. Thresholds were chosen on "
-        f"{calibration['count']:,} images of {calibration['split']}; the next column is of {evaluation['count']:,} images "
+        f"{calibration['count']:,} images of {calibration['split']}; the next column is of "
+        f"{evaluation['count']:,} images "
         f"of {evaluation['split']}. The time is of one image that leaves there; {full['name']} takes "
         f"{full['latency_ms']:.3g} ms."
     )
@@ -86,13 +87,15 @@ def threshold_curve(curve: Sequence[Mapping[str, Any]], chosen: Mapping[str, Any
     x, y = place(*points[-1])
     title = f"{points[-1][0]:.3f} of the time, {percent(points[-1][1])}"
     parts.append(
-        f'<g class="point chosen"><title>{escape(title)}</title><circle class="mark" cx="{x:.1f}" cy="{y:.1f}" r="6"/></g>'
+        f'<g class="point chosen"><title>{escape(title)}</title>'
+        f'<circle class="mark" cx="{x:.1f}" cy="{y:.1f}" r="6"/></g>'
     )
     return svg("".join(parts), width, height, "Accuracy against mean time as thresholds vary")
 
 
 def pictures(split: Split, labels: Sequence[str], staged: Staged) -> list[Sample]:
-    """Hard images, that left last and least certain of their answers, then easy ones, that left first and most certain."""
+    """Hard images, that left last and least certain of their answers, then easy ones, that left first and most
+    certain."""
     probability = softmax(staged.logits).max(axis=1)
     predicted, original = staged.logits.argmax(axis=1), staged.reference_logits.argmax(axis=1)
     hard = np.lexsort((probability, -staged.left))[:NUM_HARD]

@@ -46,7 +46,8 @@ class Subject:
         spec: what it takes; None for a file that does not say.
         labels: one name a class; empty where unknown.
         size_bytes: of its files, or of a module's weights.
-        path: the file its engine opened (of a staged bundle, the whole network's), None for a module; `folder`: the bundle's folder.
+        path: the file its engine opened (of a staged bundle, the whole network's), None for a module; `folder`: the
+            bundle's folder.
         model: the PyTorch model, where there is one.
         manifest: the bundle's; `file` is its entry that is measured.
         task: "classification", "detection" or "segmentation".

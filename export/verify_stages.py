@@ -1,4 +1,5 @@
-"""What `verify` checks of a staged bundle besides its accuracy: that the stages are the network, and where images leave."""
+"""What `verify` checks of a staged bundle besides its accuracy: that the stages are the network, and where images
+leave."""
 
 from __future__ import annotations
 
@@ -46,7 +47,8 @@ def check_stages(
         difference = relative_difference(cascade.answer(images, never)[0], reference.predictor(images))
         if found.precision == "fp32" and not difference <= tolerance:
             problems.append(
-                f"with no image leaving early its logits differ from {found.reference}'s by a relative {difference:.1e}; "
+                f"with no image leaving early its logits differ from {found.reference}'s by a relative "
+                f"{difference:.1e}; "
                 f"float32 rounding explains {tolerance:g} at most, so the stages are another network"
             )
     if data is not None:

@@ -288,7 +288,9 @@ def test_a_cascade_must_be_on_the_front_and_its_alarm_right(benchmark_module) ->
     streams = {"clean": {"alarms": 0}, "noise": {"alarms": 2}, "digits": {"alarms": 1}}
     assert subject.verdict({"subjects": subjects, "drift": streams})["passes"] is True
     worse = [*subjects[:2], {**subjects[2], "median_ms": 3.1}]
-    assert subject.verdict({"subjects": worse, "drift": streams})["missed"] == ["large is as fast and as accurate at batch 1"]
+    assert subject.verdict({"subjects": worse, "drift": streams})["missed"] == [
+        "large is as fast and as accurate at batch 1"
+    ]
     for name, alarms in (("clean", 1), ("noise", 0), ("digits", 0)):
         found = subject.verdict({"subjects": subjects, "drift": {**streams, name: {"alarms": alarms}}})
         assert len(found["missed"]) == 1

@@ -26,8 +26,9 @@ def _default_training() -> Train:
 class EarlyExit:
     """Put heads behind blocks and train them together with the network.
 
-    A head is a pool as the network's own (the class token, or the mean over positions), a layer norm and a linear layer.
-    The model answers as before; `cveff.deploy` makes a staged bundle of it, in which images leave where they are certain.
+    A head is a pool as the network's own (the class token, or the mean over positions), a layer norm and a linear
+    layer. The model answers as before; `cveff.deploy` makes a staged bundle of it, in which images leave where they
+    are certain.
 
     Attributes:
         exits: paths of the blocks to leave behind, such as ("layer2", "layer3"); by default those nearest to a quarter,

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 class ExitObjective:
     """The last exit's loss, and each early exit's with the same weight (MSDNet: Huang et al., ICLR 2018, section 4).
 
-    "joint": cross-entropy with the targets. "distill": `(1 - α) · cross-entropy + α T² KL(last ‖ exit)`, the last exit's
-    logits without a gradient (Be Your Own Teacher: Zhang et al., ICCV 2019, equation 4 without its hint loss).
+    "joint": cross-entropy with the targets. "distill": `(1 - α) · cross-entropy + α T² KL(last ‖ exit)`, the last
+    exit's logits without a gradient (Be Your Own Teacher: Zhang et al., ICCV 2019, equation 4 without its hint loss).
 
     Args:
         last: what is minimised for the last exit.

@@ -90,7 +90,8 @@ def named(module: nn.Module, spec: InputSpec, paths: Sequence[str]) -> list[Exit
     for path in paths:
         if path not in stages or path not in ends:
             raise StepError(
-                f"early_exit.exits: {path!r} gives neither a map of features (N, C, H, W) nor tokens (N, L, C), or runs "
+                f"early_exit.exits: {path!r} gives neither a map of features (N, C, H, W) nor tokens (N, "
+                f"L, C), or runs "
                 "no operator of its own; name a block"
             )
     ordered = sorted(dict.fromkeys(paths), key=lambda path: ends[path])

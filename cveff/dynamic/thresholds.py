@@ -1,8 +1,8 @@
 """Thresholds from held-out images: every combination of quantiles is counted, so the frontier they allow is known.
 
 MSDNet (Huang et al., ICLR 2018, section 4) fixes how many images leave at each exit by one number and reads thresholds
-off the images. Here thresholds of all exits vary freely; counts of images by the quantiles they lie in, summed along the
-axes, give accuracy and time of every combination at once.
+off the images. Here thresholds of all exits vary freely; counts of images by the quantiles they lie in, summed along
+the axes, give accuracy and time of every combination at once.
 """
 
 from __future__ import annotations

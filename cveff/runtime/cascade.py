@@ -1,7 +1,7 @@
 """`Cascade`: stages run in turn, and after each the images that are certain leave; the others go on together.
 
-Survivors are compacted into the next stage's batch, so the saving is proportional at any batch size; a branch inside one
-graph would run for the whole batch as long as one image needs it.
+Survivors are compacted into the next stage's batch, so the saving is proportional at any batch size; a branch inside
+one graph would run for the whole batch as long as one image needs it.
 """
 
 from __future__ import annotations
@@ -177,7 +177,8 @@ class Cascade(Session):
 
     @property
     def alarms(self) -> tuple[Alarm, ...]:
-        """Raised since the bundle was opened, or since `reset`: images no longer leave where they were calibrated to."""
+        """Raised since the bundle was opened, or since `reset`: images no longer leave where they were calibrated
+        to."""
         with self._lock:
             return () if self._monitor is None else tuple(self._monitor.alarms)
 
@@ -266,7 +267,8 @@ class Cascade(Session):
                 session.size not in (None, stage.size) or session.channels not in (None, self._spec.channels)
             ):
                 raise BundleError(
-                    f"{session.path} takes images {session.size} with {session.channels} channels, but the manifest says "
+                    f"{session.path} takes images {session.size} with {session.channels} channels, but "
+                    f"the manifest says "
                     f"{stage.size} with {self._spec.channels}; the bundle's parts do not belong together"
                 )
             names |= set(session.output_names)
@@ -318,7 +320,8 @@ def _on(stages: Stages, engine: str) -> Stages:
     for stage in stages.stages:
         if not opens(name, stage.file.file) or precision not in ("", stage.file.precision):
             raise EngineError(
-                f"stage {stage.name!r} is {stage.file.file} ({stage.file.precision or stage.file.engine}), which is not "
+                f"stage {stage.name!r} is {stage.file.file} ({stage.file.precision or stage.file.engine}), "
+                "which is not "
                 f"for engine {engine!r}; leave the engine out"
             )
     return replace(

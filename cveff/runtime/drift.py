@@ -42,7 +42,8 @@ class Alarm:
     def __str__(self) -> str:
         return (
             f"of the {self.window} images up to number {self.position}, {100 * self.found:.1f}% left by stage "
-            f"{self.stage + 1}, where {100 * self.low:.1f}% to {100 * self.high:.1f}% were calibrated; these images are "
+            f"{self.stage + 1}, where {100 * self.low:.1f}% to {100 * self.high:.1f}% were calibrated; "
+            f"these images are "
             "unlike those that thresholds were set on, so accuracy and times may be others"
         )
 
@@ -57,7 +58,8 @@ class DriftMonitor:
     The true share of images that leave by a stage lies within the calibrated range (Clopper & Pearson, Biometrika 26,
     1934) but for a chance of half of `false_alarms`. A window raises an alarm if its count is so far outside the range
     that the binomial law with the nearer end of the range makes it rarer than the other half, divided by the number of
-    tests within `horizon` images (Bonferroni). So images that are independent draws of what was calibrated with raise an
+    tests within `horizon` images (Bonferroni). So images that are independent draws of what was calibrated with raise
+    an
     alarm within `horizon` of them with a chance of `false_alarms` at most.
 
     Args:

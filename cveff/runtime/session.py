@@ -113,7 +113,8 @@ class Session(ABC):
 
     def _run_carried(self, values: list[np.ndarray]) -> dict[str, np.ndarray]:
         raise EngineError(
-            f"{self.engine} does not run {self.path.name}, which goes on from another stage; use onnxruntime or openvino"
+            f"{self.engine} does not run {self.path.name}, which goes on from another stage; use "
+            f"onnxruntime or openvino"
         )
 
     @abstractmethod

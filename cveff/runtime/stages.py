@@ -85,7 +85,8 @@ def read_stages(manifest: Mapping[str, Any], name: str = FILE_NAME) -> Stages | 
     gate = entry_value(values, "gate", str, where)
     if gate not in GATES:
         raise BundleError(
-            f"{where}.gate is {gate!r}; this program knows {', '.join(GATES)}. Upgrade cveff, or use the bundle's run.py"
+            f"{where}.gate is {gate!r}; this program knows {', '.join(GATES)}. Upgrade cveff, or use the "
+            f"bundle's run.py"
         )
     entries = entry_value(values, "files", list, where)
     if manifest["task"] != "classification" or len(entries) < 2:
@@ -113,7 +114,8 @@ def check_thresholds(thresholds: Sequence[float], num_stages: int) -> tuple[floa
     values = tuple(float(value) for value in thresholds)
     if len(values) != num_stages - 1:
         raise CveffError(
-            f"{len(values)} thresholds were given for {num_stages} stages, which need {num_stages - 1}: one for each exit "
+            f"{len(values)} thresholds were given for {num_stages} stages, which need {num_stages - 1}: "
+            f"one for each exit "
             "but the last; these belong to a model with other exits"
         )
     if any(math.isnan(value) for value in values):

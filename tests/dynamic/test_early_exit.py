@@ -60,7 +60,10 @@ def test_exits_leave_the_answer_and_come_back_from_disk(name: str, arguments: di
 
 
 def test_exits_stand_near_the_quarters() -> None:
-    points = {point.path: point for point in exit_points(create(*ARCHITECTURES[2]).module, create(*ARCHITECTURES[2]).spec.input)}
+    points = {
+        point.path: point
+        for point in exit_points(create(*ARCHITECTURES[2]).module, create(*ARCHITECTURES[2]).spec.input)
+    }
     # Four equal blocks: each but the last can be left, and holds just under a quarter of what is done.
     blocks = [points[f"blocks.{index}"] for index in range(3)]
     assert [round(point.share * 4) for point in blocks] == [1, 2, 3]
@@ -71,7 +74,9 @@ def test_the_pool_is_the_networks_own() -> None:
     gap = create(*ARCHITECTURES[3])
     made = cveff.apply(gap, EarlyExit(exits=("blocks.1",), train=None))
     edit = made.spec.edits[-1]
-    assert isinstance(edit, Exits) and edit.pools == ("tokens",) and edit.prefix == gap.module.num_prefix_tokens
+    assert (
+        isinstance(edit, Exits) and edit.pools == ("tokens",) and edit.prefix == gap.module.num_prefix_tokens
+    )
     head = made.module.heads[0]
     features = torch.randn(2, 9, 24)
     expected = head.linear(head.norm(features[:, edit.prefix :].mean(1)))
@@ -109,13 +114,17 @@ def test_joint_loss_is_the_sum_over_exits() -> None:
     objective = ExitObjective(CrossEntropy(), edit)
     made.module.eval()
     loss = objective.loss(made.module, batch, targets)
-    expected = sum(torch.nn.functional.cross_entropy(a, targets, reduction="sum") for a in made.module.answers(batch))
+    expected = sum(
+        torch.nn.functional.cross_entropy(a, targets, reduction="sum") for a in made.module.answers(batch)
+    )
     assert torch.equal(loss, expected)
 
 
 def test_bad_input_is_named() -> None:
     model = create(*ARCHITECTURES[0])
-    with pytest.raises(StepError, match="'stages.9' is no block of the network; it can be left at stages.0"):
+    with pytest.raises(
+        StepError, match=r"'stages\.9' is no block of the network; it can be left at stages\.0"
+    ):
         cveff.apply(model, EarlyExit(exits=("stages.9",), train=None))
     with pytest.raises(StepError, match="gives neither a map of features"):
         cveff.apply(create(*ARCHITECTURES[1]), EarlyExit(exits=("fc",), train=None))

@@ -20,7 +20,9 @@ def sample(exits: int, count: int = 60, seed: int = 0) -> tuple[np.ndarray, np.n
     return certainties, random.random((exits, count)) < chance, [1.0 + 2 * index for index in range(exits)]
 
 
-def by_hand(certainties: np.ndarray, correct: np.ndarray, times: list[float], limits: tuple[float, ...]) -> tuple:
+def by_hand(
+    certainties: np.ndarray, correct: np.ndarray, times: list[float], limits: tuple[float, ...]
+) -> tuple:
     latency = right = 0.0
     for image in range(correct.shape[1]):
         at = next((k for k, limit in enumerate(limits) if certainties[k, image] >= limit), len(limits))
@@ -33,7 +35,9 @@ def test_the_frontier_is_that_of_exhaustive_search(exits: int) -> None:
     certainties, correct, times = sample(exits)
     frontier = Frontier(certainties, correct, times, times[-1])
     grid = [*np.unique(certainties), np.inf]
-    tried = [by_hand(certainties, correct, times, limits) for limits in itertools.product(grid, repeat=exits - 1)]
+    tried = [
+        by_hand(certainties, correct, times, limits) for limits in itertools.product(grid, repeat=exits - 1)
+    ]
     for goal in (0.4, 0.6, 0.8, 1.0):
         best = max(right for latency, right in tried if latency <= goal * times[-1] + 1e-9)
         found = frontier.choose(Goal(mean_latency=goal))
@@ -74,7 +78,9 @@ def test_without_a_goal_nothing_is_lost() -> None:
 
 def test_an_unreachable_goal_shows_the_best_that_is_reachable() -> None:
     certainties, correct, times = sample(2)
-    with pytest.raises(StepError, match=r"mean latency of 0.2 .* Best reachable: the fastest 0.333 of the time"):
+    with pytest.raises(
+        StepError, match=r"mean latency of 0.2 .* Best reachable: the fastest 0.333 of the time"
+    ):
         solve(certainties, correct, times, Goal(mean_latency=0.2))
     with pytest.raises(StepError, match=r"at 0 points lost.*within the points .*within the time"):
         solve(certainties, correct, times, Goal(mean_latency=0.34, accuracy_drop=0.0))

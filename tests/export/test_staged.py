@@ -1,7 +1,9 @@
-"""Staged bundles end to end on digits: the cut graph, one branching file, deployment, cascades, verify, bench, report."""
+"""Staged bundles end to end on digits: the cut graph, one branching file, deployment, cascades, verify, bench,
+report."""
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -54,7 +56,9 @@ def model(digits: Data) -> Model:
     torch.set_num_threads(1)
     made = cveff.create("small_resnet_s", labels=digits.labels, image_size=8, channels=1)
     train = Train(epochs=2, batch_size=64, optimizer="adamw", learning_rate=3e-3, warmup_epochs=0)
-    made = cveff.apply(made, EarlyExit(exits=("stages.0", "stages.1"), train=train), data=digits, device="cpu")
+    made = cveff.apply(
+        made, EarlyExit(exits=("stages.0", "stages.1"), train=train), data=digits, device="cpu"
+    )
     torch.set_num_threads(threads)
     return made
 
@@ -99,7 +103,9 @@ def test_stages_are_the_network(name: str, arguments: dict, tmp_path: Path) -> N
     with pytest.raises(CveffError, match="goes on from another stage and takes no images"):
         sessions[1](batch)
     # No weight is in two files.
-    names = [item.name for path in paths for item in onnx.load(path).graph.initializer if np.prod(item.dims) > 8]
+    names = [
+        item.name for path in paths for item in onnx.load(path).graph.initializer if np.prod(item.dims) > 8
+    ]
     assert len(names) == len(set(names))
 
 
@@ -147,19 +153,23 @@ def test_a_deployed_bundle_keeps_what_was_promised(bundle: Path, digits: Data) -
     whole = open_file("onnxruntime", bundle / "model.onnx", threads=1)
     np.testing.assert_allclose(last, whole(images), rtol=1e-3, atol=1e-5)
     curve = stages["curve"]
-    assert all(a["accuracy"] < b["accuracy"] for a, b in zip(curve, curve[1:], strict=False))
+    assert all(a["accuracy"] < b["accuracy"] for a, b in itertools.pairwise(curve))
     page = (bundle / "report.html").read_text()
     assert "Where images leave" in page and "left at stages.0" in page and "left at the end" in page
 
 
-def test_verify_sees_that_stages_are_the_network_and_bench_times_real_images(bundle: Path, digits: Data) -> None:
+def test_verify_sees_that_stages_are_the_network_and_bench_times_real_images(
+    bundle: Path, digits: Data
+) -> None:
     found = verify(bundle, data=digits, threads=1)
     assert found.ok, found.problems
     assert found.claimed_accuracy == found.accuracy
     assert any("Images left at" in note for note in found.notes)
     with pytest.raises(CveffError, match="has stages, so its time depends on the images; give data"):
         bench(bundle, threads=1, rounds=1, memory=False)
-    figures = bench([f"onnxruntime:{bundle / 'model.onnx'}", bundle], threads=1, rounds=1, memory=False, data=digits)
+    figures = bench(
+        [f"onnxruntime:{bundle / 'model.onnx'}", bundle], threads=1, rounds=1, memory=False, data=digits
+    )
     assert [item.kind for item in figures] == ["onnx", "bundle"]
     assert figures[1].accuracy == found.accuracy and figures[1].median_ms > 0
 
@@ -187,7 +197,12 @@ def test_verify_says_when_a_stage_is_another_networks(bundle: Path, tmp_path: Pa
 
 def test_thresholds_are_chosen_anew_for_a_staged_bundle(bundle: Path, digits: Data, tmp_path: Path) -> None:
     made = cascade(
-        bundle, data=digits, out=tmp_path / "again.bundle", exits=Goal(accuracy_drop=100), gate="margin", threads=1
+        bundle,
+        data=digits,
+        out=tmp_path / "again.bundle",
+        exits=Goal(accuracy_drop=100),
+        gate="margin",
+        threads=1,
     )
     stages = made.manifest["stages"]
     assert stages["gate"] == "margin" and stages["files"][0]["threshold"] == 0.0
@@ -203,8 +218,12 @@ def test_bundles_of_other_sizes_compose(
     torch.manual_seed(1)
     larger = cveff.create("small_resnet_s", labels=digits.labels, image_size=12, channels=1)
     larger.module.load_state_dict(digits_model.module.state_dict())
-    large = cveff.deploy(larger, data=digits, target=TARGET, out=tmp_path / "large.bundle", max_accuracy_drop=100).path
-    made = cascade([bundle, large], data=digits, out=tmp_path / "both.bundle", exits=Goal(accuracy_drop=50), threads=1)
+    large = cveff.deploy(
+        larger, data=digits, target=TARGET, out=tmp_path / "large.bundle", max_accuracy_drop=100
+    ).path
+    made = cascade(
+        [bundle, large], data=digits, out=tmp_path / "both.bundle", exits=Goal(accuracy_drop=50), threads=1
+    )
     files = made.manifest["stages"]["files"]
     assert [entry["size"] for entry in files] == [[8, 8]] * 3 + [[12, 12]]
     assert [entry["goes_on"] for entry in files] == [False, True, True, False]

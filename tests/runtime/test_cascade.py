@@ -43,7 +43,14 @@ def entry(name: str, file: str, size: tuple[int, int], **changes: Any) -> dict[s
 
 
 def stages(*files: dict[str, Any], gate: str = "confidence") -> dict[str, Any]:
-    reached = {"split": "val", "count": 100, "exits": [60, 40], "accuracy": 0.9, "mean_latency": 0.6, "thresholds": [0.5]}
+    reached = {
+        "split": "val",
+        "count": 100,
+        "exits": [60, 40],
+        "accuracy": 0.9,
+        "mean_latency": 0.6,
+        "thresholds": [0.5],
+    }
     return {
         "gate": gate,
         "files": list(files),
@@ -68,7 +75,13 @@ def maker(
     def make(gate: str = "confidence", **changes: Any) -> Path:
         first = entry("small", "small.onnx", SMALL, **{"threshold": 0.6, **changes})
         manifest = manifest_maker(
-            engine={"name": "onnxruntime", "file": "large.onnx", "threads": 1, "options": {}, "precision": "fp32"},
+            engine={
+                "name": "onnxruntime",
+                "file": "large.onnx",
+                "threads": 1,
+                "options": {},
+                "precision": "fp32",
+            },
             stages=stages(first, entry("large", "large.onnx", LARGE), gate=gate),
         )
         files = {"small.onnx": small, "large.onnx": large}
@@ -125,7 +138,10 @@ def test_each_image_gets_the_answer_of_where_it_left(maker: Callable[..., Path],
         assert np.array_equal(left == 0, certain >= 0.6)
         one_by_one = np.concatenate([engine.logits(image[None]) for image in images])
         assert np.array_equal(one_by_one, expected)
-        assert [item.images for item in engine.cascade.statistics()] == [3 * int((left == 0).sum()), 3 * int(left.sum())]
+        assert [item.images for item in engine.cascade.statistics()] == [
+            3 * int((left == 0).sum()),
+            3 * int(left.sum()),
+        ]
         engine.cascade.reset()
         assert [item.images for item in engine.cascade.statistics()] == [0, 0]
         assert engine(images[:0]).shape == (0, 5)
@@ -180,7 +196,6 @@ def test_an_alarm_is_raised_for_images_that_leave_elsewhere(
     with cveff.runtime.open(maker(exits=500)) as engine:
         assert engine.cascade is not None
         flat = np.full((256, *LARGE, 3), 127, np.uint8)
-        engine.cascade.stages  # noqa: B018
         engine(flat)
         all_left = engine.cascade.statistics()[0].share == 1
         assert bool(engine.cascade.alarms) != all_left  # 500 of 500 were calibrated to leave first
@@ -197,7 +212,7 @@ def test_thresholds_of_other_exits_are_refused(maker: Callable[..., Path], image
         cascade = engine.cascade
         assert cascade is not None
         for wrong in ([], [0.5, 0.5]):
-            with pytest.raises(CveffError, match="for 2 stages, which need 1.*a model with other exits"):
+            with pytest.raises(CveffError, match=r"for 2 stages, which need 1.*a model with other exits"):
                 cascade.thresholds = wrong
             with pytest.raises(CveffError, match="a model with other exits"):
                 cascade.answer(images, wrong)
@@ -219,13 +234,22 @@ def test_a_plain_bundle_has_no_stages(tiny_bundle: Path, images: np.ndarray) -> 
     [
         (lambda s: s.update(gate="luck"), r"gate is 'luck'; this program knows confidence"),
         (lambda s: s.update(files=s["files"][:1]), "1 files of a classification model; there must be two"),
-        (lambda s: s["files"][0].update(file="other.onnx"), "files does not list 'other.onnx', which stage 'small'"),
+        (
+            lambda s: s["files"][0].update(file="other.onnx"),
+            "files does not list 'other.onnx', which stage 'small'",
+        ),
         (lambda s: s["files"][0].update(goes_on=True), "goes_on is true, and there is no stage before it"),
         (lambda s: s["files"][1].update(goes_on=True), "takes images, the manifest says otherwise"),
         (lambda s: s["files"][0].update(size=[16]), r"size is \[16\]; it must be \[height, width\]"),
-        (lambda s: s["files"][0].update(size=[8, 8]), r"takes images \(16, 20\) with 3 channels, but the manifest"),
+        (
+            lambda s: s["files"][0].update(size=[8, 8]),
+            r"takes images \(16, 20\) with 3 channels, but the manifest",
+        ),
         (lambda s: s["files"][0].update(batches=[4, 2]), r"batches is \[4, 2\]; it must be ascending"),
-        (lambda s: s["files"][0].update(threshold="high"), "threshold is 'high'; it must be an integer or a number"),
+        (
+            lambda s: s["files"][0].update(threshold="high"),
+            "threshold is 'high'; it must be an integer or a number",
+        ),
         (lambda s: s["files"][0].update(exits=-1), "exits is -1; it must not be negative"),
         (lambda s: s["files"][0].update(interpolation="soft"), "interpolation is 'soft'"),
         (lambda s: s["files"][0].pop("stage"), "lacks the key 'stage'"),

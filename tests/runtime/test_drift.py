@@ -12,7 +12,9 @@ from cveff.runtime.drift import DriftMonitor, at_least, interval
 
 def test_tails_are_those_of_the_binomial_law() -> None:
     for count, total, share in ((0, 5, 0.3), (3, 5, 0.3), (5, 5, 0.3), (40, 100, 0.25)):
-        exact = sum(math.comb(total, k) * share**k * (1 - share) ** (total - k) for k in range(count, total + 1))
+        exact = sum(
+            math.comb(total, k) * share**k * (1 - share) ** (total - k) for k in range(count, total + 1)
+        )
         assert at_least(count, total, share) == pytest.approx(exact, rel=1e-10)
     assert at_least(1, 10, 0.0) == 0 and at_least(1, 10, 1.0) == 1
 

@@ -1,7 +1,7 @@
 """A cascade of the zoo's two Fashion-MNIST models: accuracy and time against each alone, and the drift alarm.
 
-Bars: neither model alone is both faster and more accurate than the cascade; 10,000 clean test images raise no alarm, noise
-and another data set do.
+Bars: neither model alone is both faster and more accurate than the cascade; 10,000 clean test images raise no alarm,
+noise and another data set do.
 
 python tools/benchmarks/cascade.py
 python tools/benchmarks/cascade.py --quick      # few images: that it works, not what it reaches
@@ -31,7 +31,11 @@ BATCH = 32
 
 def main() -> None:
     arguments = _arguments()
-    settings = {"threads": arguments.threads, "accuracy_drop": arguments.accuracy_drop, "images": arguments.images}
+    settings = {
+        "threads": arguments.threads,
+        "accuracy_drop": arguments.accuracy_drop,
+        "images": arguments.images,
+    }
     results = common.Results(arguments.out, __file__, settings, fresh=arguments.fresh)
     data = load_data("fashion-mnist", seed=0)
     bundles = build(data, arguments)
@@ -131,7 +135,9 @@ def verdict(values: dict[str, Any]) -> dict[str, Any]:
                 missed.append(f"{name} is as fast and as accurate at batch {batch}")
     if values["drift"]["clean"]["alarms"]:
         missed.append("clean images raised an alarm")
-    missed += [f"{name} raised no alarm" for name in ("noise", "digits") if not values["drift"][name]["alarms"]]
+    missed += [
+        f"{name} raised no alarm" for name in ("noise", "digits") if not values["drift"][name]["alarms"]
+    ]
     return {"missed": missed, "passes": not missed}
 
 

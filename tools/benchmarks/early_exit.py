@@ -1,7 +1,7 @@
 """Early exit on Fashion-MNIST at 64×64: a ResNet and a ViT, their staged bundles against the whole networks' files.
 
-Bars, on the 10,000 test images and the deployed files in turns: at most 0.55 of the whole network's mean time at batch 1
-and 0.75 at batch 8, at 0.3 points lost or less. A run that was stopped goes on where it was.
+Bars, on the 10,000 test images and the deployed files in turns: at most 0.55 of the whole network's mean time at
+batch 1 and 0.75 at batch 8, at 0.3 points lost or less. A run that was stopped goes on where it was.
 
 python tools/benchmarks/early_exit.py                  # both, trained for hours on two cores
 python tools/benchmarks/early_exit.py --only resnet
@@ -32,11 +32,25 @@ INPUT = cveff.InputSpec(
 )
 MODELS: dict[str, tuple[str, dict[str, Any], str, float]] = {
     "resnet": ("resnet18", {"channels": [32, 64, 128, 256]}, "sgd", 0.1),
-    "vit": ("vit_tiny_patch16_224", {"patch_size": 8, "embed_dim": 128, "depth": 8, "num_heads": 4}, "adamw", 1e-3),
+    "vit": (
+        "vit_tiny_patch16_224",
+        {"patch_size": 8, "embed_dim": 128, "depth": 8, "num_heads": 4},
+        "adamw",
+        1e-3,
+    ),
 }
 MOST_LATENCY = {1: 0.55, 8: 0.75}
 MOST_POINTS = 0.3
-COLUMNS = ("network", "full %", "staged %", "points lost", "batch 1", "batch 8", "leave at each exit %", "bars")
+COLUMNS = (
+    "network",
+    "full %",
+    "staged %",
+    "points lost",
+    "batch 1",
+    "batch 8",
+    "leave at each exit %",
+    "bars",
+)
 
 
 def main() -> None:
@@ -182,7 +196,9 @@ def _first(data: Data, count: int) -> Data:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--only", nargs="+", choices=list(MODELS), default=list(MODELS), help="which networks")
+    parser.add_argument(
+        "--only", nargs="+", choices=list(MODELS), default=list(MODELS), help="which networks"
+    )
     parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
