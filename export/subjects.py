@@ -209,7 +209,7 @@ def _bundle(folder: Path, engine: str, threads: int, name: str) -> Subject:
         return Subject(
             name=name,
             kind="bundle",
-            engine=cascade.engine,
+            engine=cascade.engine if engine else whole.engine,
             precision=whole.precision,
             predictor=cascade,
             threads=threads,

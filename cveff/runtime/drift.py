@@ -59,8 +59,7 @@ class DriftMonitor:
     1934) but for a chance of half of `false_alarms`. A window raises an alarm if its count is so far outside the range
     that the binomial law with the nearer end of the range makes it rarer than the other half, divided by the number of
     tests within `horizon` images (Bonferroni). So images that are independent draws of what was calibrated with raise
-    an
-    alarm within `horizon` of them with a chance of `false_alarms` at most.
+    an alarm within `horizon` of them with a chance of `false_alarms` at most.
 
     Args:
         exits: images that left at each stage, of those calibrated with.
