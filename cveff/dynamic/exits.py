@@ -81,7 +81,8 @@ class NetworkWithExits(nn.Module):
     @contextmanager
     def keeping(self) -> Iterator[list[Tensor]]:
         """Within the block a call also computes the early exits, and leaves their logits in this list."""
-        self._kept = kept = []
+        kept: list[Tensor] = []
+        self._kept = kept
         try:
             yield kept
         finally:
