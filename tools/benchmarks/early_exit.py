@@ -23,6 +23,7 @@ from cveff.data import Data
 from cveff.data import load as load_data
 from cveff.data.augment import Augmentation
 from cveff.dynamic import EarlyExit, Goal
+from cveff.export import staged
 from cveff.export.cascade import cascade
 from cveff.model import Model
 from cveff.train import Train
@@ -61,6 +62,7 @@ def main() -> None:
     data = load_data("fashion-mnist", seed=arguments.seed)
     if arguments.quick:
         data = _first(data, 512)
+        staged.STAGE_SECONDS = staged.STREAM_SECONDS = 0.5
     for name in arguments.only:
         if name not in found:
             found[name] = one_network(name, data, arguments)
