@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from cveff.edits import Edit
     from cveff.errors import CveffError
     from cveff.export.bench import bench
+    from cveff.export.cascade import cascade
     from cveff.export.deploy import deploy
     from cveff.export.onnx import export
     from cveff.export.verify import verify
@@ -36,6 +37,7 @@ _HOME = {
     "Target": "cveff.target",
     "apply": "cveff.apply",
     "bench": "cveff.export.bench",
+    "cascade": "cveff.export.cascade",
     "create": "cveff.model",
     "deploy": "cveff.export.deploy",
     "export": "cveff.export.onnx",
@@ -56,6 +58,7 @@ __all__ = [
     "Target",
     "apply",
     "bench",
+    "cascade",
     "create",
     "deploy",
     "export",

@@ -20,6 +20,7 @@ from cveff.compress import Distill, LowRank, Prune, Quantize, Sparsify
 from cveff.compress.quantize import TRAINABLE
 from cveff.data.augment import Augmentation
 from cveff.data.named import NAMED
+from cveff.dynamic import EarlyExit
 from cveff.errors import RecipeError
 from cveff.recipe_settings import DataSettings, DeploySettings, ModelSettings
 from cveff.schema import parse
@@ -61,6 +62,7 @@ def _step_kinds() -> dict[str, type]:
         Tune,
         MergeAdapters,
         Quantize,
+        EarlyExit,
     )
     return {step.kind: step for step in steps}
 
@@ -104,6 +106,7 @@ class Recipe:
                     f"steps[{index}]: trains after branches or batch norms were merged; train first"
                 )
             self._check_after_quantize(index, step)
+            self._check_after_exits(index, step)
             if _is_folding(step) and step in self.steps[:index]:
                 raise RecipeError(f"steps[{index}]: {step.kind} is done twice; remove one")
             if self.deploy is None and needs_timer(step):
@@ -126,6 +129,13 @@ class Recipe:
                 f"steps[{index}]: trains after the network was quantized to {earlier.precision}, and only "
                 f"{', '.join(TRAINABLE[:-1])} and {TRAINABLE[-1]} can be trained; train first"
             )
+
+    def _check_after_exits(self, index: int, step: Step) -> None:
+        """Heads read what blocks give, so blocks that change their shape behind them would break them."""
+        if any(isinstance(item, EarlyExit) for item in self.steps[:index]) and not isinstance(
+            step, (Train, Distill)
+        ):
+            raise RecipeError(f"steps[{index}]: {step.kind} comes after early_exit; put early_exit behind it")
 
     def _check_training(self, train: Train) -> None:
         if train.epochs == 0 and train.ema > 0:
@@ -313,6 +323,8 @@ def parse_assignment(text: str) -> tuple[str, Any]:
 
 
 def _trains(step: Step) -> bool:
+    if isinstance(step, EarlyExit):
+        return step.train is not None
     return isinstance(step, (Train, Distill, Tune)) or getattr(step, "recover", None) is not None
 
 

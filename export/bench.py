@@ -12,7 +12,8 @@ import numpy as np
 
 from cveff.data.dataset import Data
 from cveff.errors import CveffError, DataError, EngineError
-from cveff.export.scoring import score
+from cveff.export.scoring import first_images, score
+from cveff.export.streams import STREAM_CALLS, Stream, stream_times
 from cveff.export.subjects import Source, Subject, open_subject
 from cveff.measure.latency import Latency, compare
 from cveff.measure.memory import peak_memory
@@ -80,11 +81,12 @@ def bench(
     Args:
         subjects: what `cveff.export.subjects.open_subject` opens, one or many, or by name. The first is what
             the others' speedups are relative to.
-        batch: batch size, or several.
+        batch: batch size, or several. Where a subject is a staged bundle, times are means over the calls of a stream of
+            real images, for which `data` is needed.
         threads: of every engine; by default every core this process may use.
         data: labelled images to measure accuracy on (its test split where there is one, else val).
         rounds: interleaved rounds; by default as many as tell the two fastest apart to 2%, within ten seconds.
-        memory: measure the peak memory of a fresh process for every file.
+        memory: measure the peak memory of a fresh process for every file; not where there are staged bundles.
 
     Returns:
         one `Figures` a subject and batch size, subjects in order within each batch size.
@@ -114,15 +116,48 @@ def bench(
             subject.name = _unique(subject.name, opened)
             opened[subject.name] = subject
         accuracies = {} if data is None else _accuracies(opened, data, progress)
+        if any(subject.cascade is not None for subject in opened.values()):
+            timings = {size: _time_streams(opened, size, rounds, data) for size in sizes}
+            return _all_figures(opened, sizes, timings, {}, accuracies, data)
         timings = {
             size: _time(opened, size, rounds) for size in progress.track(sizes, "timing in turns", len(sizes))
         }
     peaks = _peaks(opened, sizes[0], progress) if memory else {}
+    return _all_figures(opened, sizes, timings, peaks, accuracies, data)
+
+
+def _all_figures(
+    opened: Mapping[str, Subject],
+    sizes: Sequence[int],
+    timings: Mapping[int, Mapping[str, Latency]],
+    peaks: Mapping[str, int],
+    accuracies: Mapping[str, float | None],
+    data: Data | None,
+) -> list[Figures]:
     return [
         _figures(subject, timings[size][name], peaks.get(name), accuracies.get(name), data)
         for size in sizes
         for name, subject in opened.items()
     ]
+
+
+def _time_streams(
+    subjects: Mapping[str, Subject], batch: int, rounds: int | None, data: Data | None
+) -> Mapping[str, Latency]:
+    """Mean times over real images, for how long a staged bundle takes depends on them.
+
+    Raises:
+        CveffError: there are no images.
+    """
+    if data is None:
+        staged = next(name for name, subject in subjects.items() if subject.cascade is not None)
+        raise CveffError(
+            f"{staged} has stages, so its time depends on the images; give data=… (--data on the command line)"
+        )
+    count = STREAM_CALLS * batch
+    images = {name: first_images(data.evaluation, subject.input, count) for name, subject in subjects.items()}
+    streams = {name: Stream(subject.predictor, images[name], batch) for name, subject in subjects.items()}
+    return stream_times(streams, seconds=SECONDS, rounds=rounds)
 
 
 class _OnOwnImages:

@@ -28,6 +28,7 @@ from cveff.runtime.manifest import (
     verify_files,
 )
 from cveff.runtime.onnx_providers import PROVIDERS
+from cveff.runtime.stages import read_stages
 
 SCHEMA_PATH = Path(__file__).with_name("manifest.schema.json")
 
@@ -112,7 +113,9 @@ def write_bundle(
         text = json.dumps(complete, indent=2, ensure_ascii=False, allow_nan=False)
         (folder / FILE_NAME).write_text(text + "\n", encoding="utf-8")
         validate(complete)
-        verify_files(folder, read_manifest(folder))
+        written = read_manifest(folder)
+        read_stages(written, FILE_NAME)
+        verify_files(folder, written)
     return out
 
 
@@ -145,16 +148,20 @@ def schema() -> dict[str, Any]:
 
 def requirements(manifest: Mapping[str, Any]) -> str:
     """The text of `requirements.txt`: exact versions for `run.py`, the other engines commented out."""
-    engines = list(dict.fromkeys(file.engine for file in model_files(manifest)))
+    staged = [entry["name"] for entry in manifest.get("stages", {}).get("files", ())]
+    engines = list(dict.fromkeys([*staged, *(file.engine for file in model_files(manifest))]))
+    needed = set(staged) or {engines[0]}
     lines = [
         "# What run.py needs, in the versions this bundle was measured with (Python 3.11 or newer).",
         _pin("numpy"),
         _pin("pillow"),
-        _pin(*_DISTRIBUTIONS[engines[0]]),
+        *dict.fromkeys(_pin(*_DISTRIBUTIONS[engine]) for engine in engines if engine in needed),
     ]
-    if engines[0] == "tensorrt":
+    if "tensorrt" in needed:
         lines.append(_pin("cuda-bindings"))
-    for engine in engines[1:]:
+    for engine in engines:
+        if engine in needed:
+            continue
         if (
             engine == "tensorrt"
         ):  # prepared where it may not be installed: the device's release builds the plan

@@ -16,10 +16,13 @@ from typing import Any
 
 from cveff.compress.quant.network import is_cast
 from cveff.data.dataset import Data, OnBadImage
+from cveff.dynamic.exits import NetworkWithExits
+from cveff.dynamic.thresholds import Goal
 from cveff.errors import StepError
 from cveff.export.build_candidates import ONNX, model_files
 from cveff.export.bundle import write_bundle
 from cveff.export.deploy_checks import check_out, check_settings, gather_images
+from cveff.export.deploy_exits import check_goal, deploy_exits
 from cveff.export.deploy_manifest import deployment_manifest
 from cveff.export.evidence import collect_evidence
 from cveff.export.int8 import Int8
@@ -69,6 +72,8 @@ def deploy(
     recipe: Mapping[str, Any] | None = None,
     steps: Sequence[Mapping[str, Any]] = (),
     name: str | None = None,
+    exits: Goal | None = None,
+    gate: str | None = None,
     progress: Progress | None = None,
 ) -> Deployment:
     """Make a bundle of the fastest candidate that keeps the model's accuracy.
@@ -89,6 +94,10 @@ def deploy(
         recipe: recorded in the manifest; by default the settings given here.
         steps: what each step of a run did (`cveff.effects`), for the manifest and the report.
         name: the model's name in the bundle; by default its architecture.
+        exits: of a model with early exits, what thresholds are chosen for: by default half a point lost at most. Such a
+            model becomes a staged bundle (docs/early_exit.md), in float32.
+        gate: of a model with early exits, what has to reach a threshold: "confidence" (by default), "entropy",
+            "margin".
         progress: where long work shows itself.
 
     Returns:
@@ -115,6 +124,8 @@ def deploy(
             "cveff.export writes its file"
         )
     original = _frozen(given)
+    has_exits = isinstance(original.module, NetworkWithExits)
+    goal, gate = check_goal(exits, gate, has_exits)
     settings = {
         "target": target.name,
         "max_accuracy_drop": max_accuracy_drop,
@@ -122,6 +133,7 @@ def deploy(
         "seed": seed,
         "data": getattr(data, "name", None if data is None else str(data)),
         "calibration": None if calibration is None else str(calibration),
+        **({"exits": goal.to_json(), "gate": gate} if has_exits else {}),
     }
     if data is not None and not isinstance(data, Data):
         from cveff.data.loading import load as load_data
@@ -138,6 +150,21 @@ def deploy(
         progress=progress,
     )
     original = Model(replace(original.spec, labels=images.labels), original.module)
+    if has_exits:
+        path = deploy_exits(
+            original,
+            images,
+            target,
+            goal,
+            gate,
+            name=name,
+            out=out,
+            seed=seed,
+            recipe=recipe if recipe is not None else {"deploy": settings},
+            steps=steps,
+            progress=progress,
+        )
+        return Deployment(path, read_manifest(path))
     with tempfile.TemporaryDirectory(prefix="cveff-deploy-") as temporary:
         work = Path(temporary)
         shipped, warnings = _merge_branches(original)

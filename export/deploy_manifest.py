@@ -16,7 +16,7 @@ from cveff.runtime.engines import opens
 from cveff.runtime.machine import describe
 from cveff.target import Target
 
-_PACKAGES = (
+PACKAGES = (
     "cveff",
     "torch",
     "timm",
@@ -29,6 +29,7 @@ _PACKAGES = (
     "tensorrt",
     "cuda-bindings",
 )
+"""Whose versions a manifest holds."""
 
 
 def deployment_manifest(
@@ -92,7 +93,7 @@ def deployment_manifest(
             },
         },
         "candidates": [candidate.to_json(first) for candidate in measured.candidates],
-        "versions": installed_versions(_PACKAGES),
+        "versions": installed_versions(PACKAGES),
         "machine": describe(),
     }
 

@@ -76,9 +76,15 @@ def export(
             for TensorRT or in 16 bits, not what that takes), it is larger than 2 GB, or its logits differ from
             PyTorch's by more than `TOLERANCE`.
     """
+    return export_answer(model, task_outputs.answer(model, nms, output), path, opset=opset, check=check)
+
+
+def export_answer(
+    model: Model, shipped: Answer, path: str | Path, *, opset: int | None = None, check: bool = True
+) -> Path:
+    """`export` for what `shipped` returns in place of the model's own answer; arguments and errors as there."""
     path, opset = Path(path), OPSET if opset is None else opset
     _refuse_too_large(model)
-    shipped = task_outputs.answer(model, nms, output)
     network = deployable(shipped.network, model.spec.input)
     if torch.bfloat16 in _types(network):
         opset = max(opset, BFLOAT16_OPSET)

@@ -27,6 +27,7 @@ from cveff.export.report_sections import (
     samples_section,
     steps_section,
 )
+from cveff.export.report_stages import stages_section
 
 _TEMPLATE = Path(__file__).with_name("report.html")
 
@@ -45,6 +46,7 @@ def render(manifest: Mapping[str, Any], evidence: Evidence | None = None) -> str
     sections = [
         _warnings(evidence.warnings),
         steps_section(manifest),
+        stages_section(manifest),
         _candidates(manifest),
         rounding_section(manifest),
         layers_section(evidence),
@@ -75,6 +77,7 @@ def _lead(manifest: Mapping[str, Any], chosen: Mapping[str, Any] | None) -> str:
 def _figures(manifest: Mapping[str, Any]) -> str:
     metrics = manifest["metrics"]
     accuracy, latency, images = metrics["accuracy"], metrics["latency_ms"], metrics["images"]
+    original = _original(manifest)
     cards = []
     if accuracy["deployed"] is not None:
         points = 100 * (accuracy["deployed"] - accuracy["reference"])
@@ -82,12 +85,12 @@ def _figures(manifest: Mapping[str, Any]) -> str:
             (
                 "Accuracy",
                 percent(accuracy["deployed"]),
-                f"{points:+.2f} points against PyTorch, {images['count']:,} {images['split']} images",
+                f"{points:+.2f} points against {original}, {images['count']:,} {images['split']} images",
             )
         )
     cards.append(
         (
-            "Same answer as PyTorch",
+            f"Same answer as {original}",
             percent(metrics["agreement"]),
             f"of {images['count']:,} {images['split']} images",
         )
@@ -97,7 +100,7 @@ def _figures(manifest: Mapping[str, Any]) -> str:
         (
             f"Time at batch {latency['batch']}",
             f"{latency['median']:.3g} ms",
-            f"{speedup:.1f}× as fast as PyTorch, {_count(latency['threads'], 'thread')}; "
+            f"{speedup:.1f}× as fast as {original}, {_count(latency['threads'], 'thread')}; "
             f"9 in 10 under {latency['p90']:.3g} ms",
         )
     )
@@ -111,6 +114,11 @@ def _figures(manifest: Mapping[str, Any]) -> str:
         for name, value, note in cards
     )
     return f'<dl class="figures">{items}</dl>'
+
+
+def _original(manifest: Mapping[str, Any]) -> str:
+    """What accuracy and times are compared with: PyTorch, or of a cascade its last network."""
+    return str(manifest.get("stages", {}).get("reference", "PyTorch"))
 
 
 def _warnings(warnings: Sequence[str]) -> str:
@@ -139,13 +147,18 @@ def _candidates(manifest: Mapping[str, Any]) -> str:
     limit = None
     if reference is not None:
         points.append(
-            Point("PyTorch", manifest["metrics"]["latency_ms"]["reference_median"], reference, "reference")
+            Point(
+                _original(manifest),
+                manifest["metrics"]["latency_ms"]["reference_median"],
+                reference,
+                "reference",
+            )
         )
         if "max_accuracy_drop" in selection:
             limit = reference - selection["max_accuracy_drop"] / 100
             # A limit far under every point would flatten the plot.
             limit = limit if limit > min(point.y for point in points) - 0.05 else None
-    y_label = "Accuracy" if labelled else "Same answer as PyTorch"
+    y_label = "Accuracy" if labelled else f"Same answer as {_original(manifest)}"
     plot = accuracy_latency(points, y_label, f"milliseconds a batch of {batch}", limit) if points else ""
     rows = "".join(
         _candidate_row(entry, standing) for entry, standing in zip(entries, standings, strict=True)
@@ -207,7 +220,7 @@ def _batches(manifest: Mapping[str, Any]) -> str:
         '<div class="scroll"><table><caption>The deployed file by batch size.</caption>'
         "<thead><tr><th>Batch</th>"
         '<th class="number">Median</th><th class="number">10–90%</th><th class="number">Images a second</th>'
-        f'<th class="number">PyTorch</th></tr></thead><tbody>{rows}</tbody></table></div>'
+        f'<th class="number">{escape(_original(manifest))}</th></tr></thead><tbody>{rows}</tbody></table></div>'
     )
 
 

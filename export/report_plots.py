@@ -50,8 +50,8 @@ def accuracy_latency(points: Sequence[Point], y_label: str, x_label: str, limit:
     xs = [point.x for point in points]
     ys = [point.y for point in points] + ([limit] if limit is not None else [])
     x_ticks, x_position = _x_axis(xs, left, width - right)
-    y_low, y_high = _padded(min(ys), max(ys), smallest=0.01)
-    y_ticks = [tick for tick in _linear_ticks(100 * y_low, 100 * y_high) if tick <= 100]
+    y_low, y_high = padded(min(ys), max(ys), smallest=0.01)
+    y_ticks = [tick for tick in linear_ticks(100 * y_low, 100 * y_high) if tick <= 100]
 
     def y_position(share: float) -> float:
         return height - bottom - (share - y_low) / (y_high - y_low) * (height - bottom - top)
@@ -142,7 +142,7 @@ def waterfall(stages: Sequence[Stage]) -> str:
     longest = max(stage.milliseconds for stage in stages)
     scale = (width - left - right) / (longest or 1.0)
     parts = []
-    for tick in _linear_ticks(0, longest or 1.0, 5):
+    for tick in linear_ticks(0, longest or 1.0, 5):
         x = left + tick * scale
         parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="18" y2="{height - 34}"/>')
         parts.append(text(x, height - 18, f"{tick:g}", "middle"))
@@ -243,17 +243,19 @@ def _x_axis(
     def linear(value: float) -> float:
         return start + value / top * (end - start)
 
-    return _linear_ticks(0, top), linear
+    return linear_ticks(0, top), linear
 
 
-def _linear_ticks(low: float, high: float, count: int = 6) -> list[float]:
+def linear_ticks(low: float, high: float, count: int = 6) -> list[float]:
+    """About `count` round numbers from `low` to `high`."""
     step = 10.0 ** math.floor(math.log10((high - low) / count))
     step *= next(factor for factor in (1, 2, 5, 10) if (high - low) / (step * factor) <= count)
     first = math.ceil(low / step - 1e-9)
     return [round(step * index, 10) for index in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def _padded(low: float, high: float, smallest: float) -> tuple[float, float]:
+def padded(low: float, high: float, smallest: float) -> tuple[float, float]:
+    """The range with room on both sides, and at least `smallest` wide before that."""
     room = max(high - low, smallest) * 0.15
     middle, half = (low + high) / 2, max(high - low, smallest) / 2 + room
     return middle - half, middle + half

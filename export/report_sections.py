@@ -39,6 +39,7 @@ class Sample:
         predicted: label, with `probability` in 0..1.
         truth: label, or None where there are no labels.
         reference: what the original module predicts.
+        note: a line beneath, such as the stage it left at.
     """
 
     image: np.ndarray
@@ -46,6 +47,7 @@ class Sample:
     probability: float
     truth: str | None
     reference: str
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -168,7 +170,9 @@ def samples_section(samples: Sequence[Sample]) -> str:
         elif sample.truth is not None:
             caption = f"✓ {caption}"
         if sample.reference != sample.predicted:
-            caption += f"<br>PyTorch: {escape(sample.reference)}"
+            caption += f"<br>original: {escape(sample.reference)}"
+        if sample.note:
+            caption += f"<br>{escape(sample.note)}"
         css = ' class="small"' if small else ""
         alt = f"image predicted as {sample.predicted}"
         items.append(

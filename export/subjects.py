@@ -17,6 +17,7 @@ from cveff.measure.predictor import Predictor, module_predictor
 from cveff.measure.size import module_bytes, size_bytes
 from cveff.model import Model, load
 from cveff.runtime.aot_session import read_package
+from cveff.runtime.cascade import Cascade
 from cveff.runtime.detections import Suppression
 from cveff.runtime.engines import ENGINES, open_file
 from cveff.runtime.errors import InputSizeError
@@ -24,6 +25,7 @@ from cveff.runtime.input_spec import InputSpec
 from cveff.runtime.machine import usable_cores
 from cveff.runtime.manifest import FILE_NAME, ModelFile, locate, model_files, read_manifest, verify_files
 from cveff.runtime.session import Session
+from cveff.runtime.stages import read_stages
 
 _ENGINES = {".onnx": "onnxruntime", ".xml": "openvino", ".plan": "tensorrt", ".pt2": "aot-inductor"}
 """What opens a file where nothing else is asked for."""
@@ -44,7 +46,8 @@ class Subject:
         spec: what it takes; None for a file that does not say.
         labels: one name a class; empty where unknown.
         size_bytes: of its files, or of a module's weights.
-        path: the file its engine opened, None for a module; `folder`: the bundle's folder.
+        path: the file its engine opened (of a staged bundle, the whole network's), None for a module; `folder`: the
+            bundle's folder.
         model: the PyTorch model, where there is one.
         manifest: the bundle's; `file` is its entry that is measured.
         task: "classification", "detection" or "segmentation".
@@ -66,6 +69,11 @@ class Subject:
     manifest: Mapping[str, Any] | None = None
     file: ModelFile | None = None
     task: str = "classification"
+
+    @property
+    def cascade(self) -> Cascade | None:
+        """What runs a staged bundle, whose time depends on the images; None for everything else."""
+        return self.predictor if isinstance(self.predictor, Cascade) else None
 
     @property
     def input(self) -> InputSpec:
@@ -193,6 +201,29 @@ def _bundle(folder: Path, engine: str, threads: int, name: str) -> Subject:
     manifest = read_manifest(folder)
     verify_files(folder, manifest)
     files = model_files(manifest)
+    stages = read_stages(manifest, str(folder / FILE_NAME))
+    if stages is not None:
+        spec, labels = InputSpec.from_json(manifest["input"]), tuple(manifest["labels"])
+        cascade = Cascade(folder, stages, spec, labels, engine=engine or None, threads=threads)
+        whole = files[0]
+        return Subject(
+            name=name,
+            kind="bundle",
+            engine=cascade.engine if engine else whole.engine,
+            precision=whole.precision,
+            predictor=cascade,
+            threads=threads,
+            size_bytes=sum(
+                size_bytes(locate(folder, file)) for file in {s.file.file for s in cascade.stages}
+            ),
+            spec=spec,
+            labels=labels,
+            options=whole.options,
+            path=locate(folder, whole.file),
+            folder=folder,
+            manifest=manifest,
+            file=whole,
+        )
     chosen = next((file for file in files if engine in ("", file.engine)), None)
     if chosen is None:
         raise EngineError(

@@ -31,6 +31,8 @@ SCRIPTS = (
     "importance",
     "low_rank",
     "sparsity",
+    "early_exit",
+    "cascade",
     "choices",
     "prune_quality",
     "latency_goals",
@@ -278,6 +280,30 @@ def test_weight_only_passes_only_with_every_bar(benchmark_module) -> None:
     better = {subject.NEAREST: {"perplexity_ratio": 1.14}}
     assert subject.summary({**better, subject.BARRED: ours})["passes"] is False
     assert subject.summary({subject.BARRED: ours}) == {}
+
+
+def test_early_exit_passes_only_with_every_bar(benchmark_module) -> None:
+    subject = benchmark_module("early_exit")
+    good = {"full_accuracy": 0.93, "accuracy": 0.927, "share": {"1": 0.55, "8": 0.75}}
+    assert subject.verdict(good)["passes"] is True
+    for change in ({"accuracy": 0.9269}, {"share": {"1": 0.56, "8": 0.7}}, {"share": {"1": 0.5, "8": 0.76}}):
+        found = subject.verdict({**good, **change})
+        assert found["passes"] is False and len(found["missed"]) == 1
+
+
+def test_a_cascade_must_be_on_the_front_and_its_alarm_right(benchmark_module) -> None:
+    subject = benchmark_module("cascade")
+    items = [("small", 1.0, 0.90), ("large", 3.0, 0.95), ("cascade", 1.5, 0.949)]
+    subjects = [{"name": n, "batch": 1, "median_ms": ms, "accuracy": a} for n, ms, a in items]
+    streams = {"clean": {"alarms": 0}, "noise": {"alarms": 2}, "digits": {"alarms": 1}}
+    assert subject.verdict({"subjects": subjects, "drift": streams})["passes"] is True
+    worse = [*subjects[:2], {**subjects[2], "median_ms": 3.1}]
+    assert subject.verdict({"subjects": worse, "drift": streams})["missed"] == [
+        "large is as fast and as accurate at batch 1"
+    ]
+    for name, alarms in (("clean", 1), ("noise", 0), ("digits", 0)):
+        found = subject.verdict({"subjects": subjects, "drift": {**streams, name: {"alarms": alarms}}})
+        assert len(found["missed"]) == 1
 
 
 def test_perplexity_counts_every_token_but_a_windows_first(benchmark_module) -> None:

@@ -16,7 +16,19 @@ from typing import Annotated, Any
 import typer
 
 import cveff
-from cveff.cli import check, compress, deploy, generate, measure, models, quantize, recipe, targets, train
+from cveff.cli import (
+    cascade,
+    check,
+    compress,
+    deploy,
+    generate,
+    measure,
+    models,
+    quantize,
+    recipe,
+    targets,
+    train,
+)
 from cveff.cli.options import examples
 from cveff.errors import CveffError
 
@@ -42,7 +54,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
-for verbs in (train, compress, quantize, deploy, check, measure, models, generate):
+for verbs in (train, compress, quantize, deploy, cascade, check, measure, models, generate):
     verbs.register(app)
 app.add_typer(recipe.app, name="recipe")
 app.add_typer(targets.app, name="targets")

@@ -54,17 +54,20 @@ def macs(trace: Trace, shapes: Shapes | None = None) -> int:
         shapes: as for `blocks`.
     """
     shapes = trace.shapes if shapes is None else shapes
-    total = 0
-    for node in trace.nodes:
-        name = operator(node)
-        if name in ("conv1d", "conv2d"):
-            total += math.prod(shapes[node.name]) * math.prod(shapes[node_argument(node, 1).name][1:])
-        elif name == "linear" or name in names.PRODUCTS:
-            total += math.prod(shapes[node.name]) * shapes[node_argument(node, 0).name][-1]
-        elif name == "scaled_dot_product_attention":
-            query, key, value = (shapes[node_argument(node, index).name] for index in range(3))
-            total += math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
-    return total
+    return sum(macs_of(node, shapes) for node in trace.nodes)
+
+
+def macs_of(node: Node, shapes: Shapes) -> int:
+    """The operations of one node; 0 for what is no convolution, linear layer or matrix product."""
+    name = operator(node)
+    if name in ("conv1d", "conv2d"):
+        return math.prod(shapes[node.name]) * math.prod(shapes[node_argument(node, 1).name][1:])
+    if name == "linear" or name in names.PRODUCTS:
+        return math.prod(shapes[node.name]) * shapes[node_argument(node, 0).name][-1]
+    if name == "scaled_dot_product_attention":
+        query, key, value = (shapes[node_argument(node, index).name] for index in range(3))
+        return math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+    return 0
 
 
 def _call(walk: Walk, node: Node) -> None:

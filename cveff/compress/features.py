@@ -25,12 +25,14 @@ class Stage:
         positions: pixels or tokens of the output.
         channels: of each.
         channels_last: whether a 4-d output is (N, H, W, C), as Swin's are.
+        is_tokens: whether the output is 3-d, (N, positions, channels).
     """
 
     path: str
     positions: int
     channels: int
     channels_last: bool
+    is_tokens: bool = False
 
     def tokens(self, feature: Tensor) -> Tensor:
         """The module's output as (N, positions, channels) float32."""
@@ -51,7 +53,7 @@ def stages(module: nn.Module, size: tuple[int, int], channels: int) -> tuple[Sta
     seen: dict[str, Stage] = {}
 
     def note(path: str, output: Any) -> None:
-        stage = _stage(path, output, size)
+        stage = stage_of(path, output, size)
         if stage is not None:
             seen.pop(path, None)  # so that the dictionary's order is that of the last calls
             seen[path] = stage
@@ -146,13 +148,13 @@ def captured(module: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, Tens
             hook.remove()
 
 
-def _stage(path: str, output: Any, size: tuple[int, int]) -> Stage | None:
+def stage_of(path: str, output: Any, size: tuple[int, int]) -> Stage | None:
     """What `output` (of one image) is as a stage; None for vectors, attention maps and everything else."""
     if not isinstance(output, Tensor):
         return None
     shape = tuple(output.shape)
     if len(shape) == 3 and shape[1] > 1:
-        return Stage(path, shape[1], shape[2], channels_last=False)
+        return Stage(path, shape[1], shape[2], channels_last=False, is_tokens=True)
     if len(shape) == 4 and shape[2] * shape[3] > 1 and _is_grid(shape[2:], size):
         return Stage(path, shape[2] * shape[3], shape[1], channels_last=False)
     if len(shape) == 4 and shape[1] * shape[2] > 1 and _is_grid(shape[1:3], size):

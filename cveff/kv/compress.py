@@ -59,7 +59,9 @@ def compress(
         from cveff.kv.cache import RaggedCache
         from cveff.kv.model_layers import FULL, attentions, implementations, text_config, windows
     except ImportError as error:
-        raise MissingDependencyError(f"{error}; pip install 'cveff[transformers]' brings transformers") from error
+        raise MissingDependencyError(
+            f"{error}; pip install 'cveff[transformers]' brings transformers"
+        ) from error
     check_count("slack", slack)
     rerotates = isinstance(policy, StreamingLLM)
     if rerotates and storage is not None:

@@ -144,7 +144,9 @@ def _load(name: str, device: str | None, progress: Progress) -> tuple[Any, Any]:
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError as error:
-        raise MissingDependencyError(f"{error}; pip install 'cveff[transformers]' brings transformers") from error
+        raise MissingDependencyError(
+            f"{error}; pip install 'cveff[transformers]' brings transformers"
+        ) from error
     progress.message(f"loading {name}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=True)

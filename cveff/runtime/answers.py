@@ -37,7 +37,8 @@ class Settings:
 def answers(
     engine: Engine, pixels: np.ndarray, sizes: Sequence[Size], names: Sequence[str], settings: Settings
 ) -> list[dict[str, Any]]:
-    """One dict an image: `{"predictions"}`, `{"detections"}` or `{"classes"}`, most probable first.
+    """One dict an image: `{"predictions"}`, `{"detections"}` or `{"classes"}`, most probable first; of a staged bundle
+    also `"stage"`, the name of the one it left at.
 
     Args:
         pixels: (N, H, W, C) uint8, such as `preprocess` returns.
@@ -57,6 +58,15 @@ def answers(
         return [
             _segmentation(engine, mask, size, name, settings)
             for mask, size, name in zip(engine.segment(pixels), sizes, names, strict=True)
+        ]
+    if engine.cascade is not None:
+        probabilities, left = engine.staged(pixels)
+        return [
+            {
+                "predictions": _predictions(engine, row, settings.top_k),
+                "stage": engine.cascade.stages[stage].name,
+            }
+            for row, stage in zip(probabilities, left, strict=True)
         ]
     return [
         {"predictions": _predictions(engine, row, settings.top_k)} for row in engine.probabilities(pixels)

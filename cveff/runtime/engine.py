@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from . import manifest as bundle
+from .cascade import Cascade
 from .detections import Detections, Suppression, suppress, unpad
 from .engines import open_file
 from .errors import BundleError, EngineError
@@ -18,6 +19,7 @@ from .input_spec import InputSpec
 from .machine import usable_cores
 from .preprocess import Source, preprocess
 from .session import Session
+from .stages import read_stages
 
 Answer = np.ndarray | dict[str, list[np.ndarray]]
 """Probabilities of a classifier; of other tasks, one entry an image under each name."""
@@ -67,14 +69,19 @@ class Engine:
         if folder.suffix == ".onnx" and folder.is_file():
             return cls._open_exported(folder, engine, threads)
         manifest = bundle.read_manifest(folder)
-        chosen = _choose(manifest, engine)
+        stages = read_stages(manifest, str(folder / bundle.FILE_NAME))
+        chosen = _choose(manifest, engine) if stages is None else bundle.model_files(manifest)[0]
         bundle.verify_files(folder, manifest, hashes=verify)
-        if threads is None:
-            threads = min(chosen.threads or usable_cores(), usable_cores())
-        elif threads < 1:
+        if threads is not None and threads < 1:
             raise EngineError(
                 f"threads is {threads!r}; give a positive integer, or None for the bundle's own choice"
             )
+        if stages is not None:
+            spec, labels = InputSpec.from_json(manifest["input"]), manifest["labels"]
+            cascade = Cascade(folder, stages, spec, labels, engine=engine, threads=threads)
+            return cls(cascade, manifest, folder, chosen)
+        if threads is None:
+            threads = min(chosen.threads or usable_cores(), usable_cores())
         session = open_file(
             chosen.engine, bundle.locate(folder, chosen.file), threads=threads, options=chosen.options
         )
@@ -110,6 +117,22 @@ class Engine:
         if self.task == "segmentation":
             return {"masks": list(self.segment(images))}
         return self.probabilities(images)
+
+    @property
+    def cascade(self) -> Cascade | None:
+        """The stages of a staged bundle, with their thresholds, counts and drift alarm; None of other bundles."""
+        return self._session if isinstance(self._session, Cascade) else None
+
+    def staged(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Of a staged bundle: probabilities (N, classes) float32, and the index of the stage (N,) each image left at.
+
+        Raises:
+            EngineError: the bundle has no stages, or as `__call__`.
+        """
+        if self.cascade is None:
+            raise EngineError(f"{self.path} has no stages; `probabilities` answers")
+        logits, left = self.cascade.answer(images)
+        return softmax(self._finite(logits)), left
 
     def detect(self, images: np.ndarray) -> list[Detections]:
         """Detections of each image, most certain first.
@@ -153,13 +176,7 @@ class Engine:
 
     def probabilities(self, images: np.ndarray) -> np.ndarray:
         """Of a classifier: (N, classes) float32; arguments and errors as `__call__`."""
-        logits = self.logits(images)
-        if not np.isfinite(logits).all():
-            raise EngineError(
-                f"{self.name} computed logits that are not finite from {self._session.path.name}; "
-                "try another engine or precision"
-            )
-        return softmax(logits)
+        return softmax(self._finite(self.logits(images)))
 
     def logits(self, images: np.ndarray) -> np.ndarray:
         """Of a classifier: logits (N, classes) float32 of a batch; arguments and errors as `__call__`."""
@@ -196,7 +213,16 @@ class Engine:
 
     def __repr__(self) -> str:
         what = f"{self.name} {self.precision}".strip()
+        what += "" if self.cascade is None else f", {len(self.cascade.stages)} stages,"
         return f"<Engine {what} of {self.path}, {self.threads} threads, {len(self.labels)} classes>"
+
+    def _finite(self, logits: np.ndarray) -> np.ndarray:
+        if not np.isfinite(logits).all():
+            raise EngineError(
+                f"{self.name} computed logits that are not finite from {self._session.path.name}; "
+                "try another engine or precision"
+            )
+        return logits
 
     def _outputs(self, images: np.ndarray, finite: Sequence[str] = ("logits",)) -> dict[str, np.ndarray]:
         outputs = self._session.outputs(images)

@@ -37,7 +37,15 @@ _KEYS: Mapping[str, type | tuple[type, ...]] = {
     "versions": dict,
     "machine": dict,
 }
-_WORDS = {int: "an integer", dict: "an object", str: "a string", list: "a list", type(None): "null"}
+_WORDS = {
+    int: "an integer",
+    dict: "an object",
+    str: "a string",
+    list: "a list",
+    float: "a number",
+    bool: "true or false",
+    type(None): "null",
+}
 
 
 @dataclass(frozen=True)
@@ -112,12 +120,12 @@ def check_manifest(manifest: Any, name: str = FILE_NAME) -> None:
             "or use the bundle's own run.py"
         )
     for key, kind in _KEYS.items():
-        _value(manifest, key, kind, name)
+        entry_value(manifest, key, kind, name)
     if version != SCHEMA_VERSION:
         raise BundleError(f"{name}: schema_version is {version!r}; it must be {SCHEMA_VERSION}")
     check_task(manifest, name)
     if "instructions" in manifest:
-        _check_instructions(_value(manifest, "instructions", list, name), name)
+        _check_instructions(entry_value(manifest, "instructions", list, name), name)
     listed = _check_files(manifest["files"], name)
     for model_file in model_files(manifest, name):
         needed = [model_file.file]
@@ -150,7 +158,7 @@ def model_files(manifest: Mapping[str, Any], name: str = FILE_NAME) -> list[Mode
     """The chosen model file, then the alternatives."""
     entries = [("engine", manifest["engine"])]
     entries += [(f"alternatives[{index}]", entry) for index, entry in enumerate(manifest["alternatives"])]
-    return [_model_file(entry, f"{name}: {key}") for key, entry in entries]
+    return [model_entry(entry, f"{name}: {key}") for key, entry in entries]
 
 
 def verify_files(folder: str | Path, manifest: Mapping[str, Any], hashes: bool = True) -> None:
@@ -227,13 +235,13 @@ def _check_files(entries: list[Any], name: str) -> set[str]:
         where = f"{name}: files[{index}]"
         if not isinstance(entry, dict):
             raise BundleError(f"{where} is {entry!r}; it must be an object with path, sha256 and bytes")
-        path = _value(entry, "path", str, where)
+        path = entry_value(entry, "path", str, where)
         check_path(path)
         if path in listed:
             raise BundleError(f"{where}: {path!r} is listed twice")
-        if not re.fullmatch("[0-9a-f]{64}", _value(entry, "sha256", str, where)):
+        if not re.fullmatch("[0-9a-f]{64}", entry_value(entry, "sha256", str, where)):
             raise BundleError(f"{where}.sha256 is {entry['sha256']!r}; it must be 64 hexadecimal digits")
-        if _value(entry, "bytes", int, where) < 0:
+        if entry_value(entry, "bytes", int, where) < 0:
             raise BundleError(f"{where}.bytes is {entry['bytes']}; it must not be negative")
         listed.add(path)
     return listed
@@ -244,34 +252,44 @@ def _check_instructions(names: list[Any], name: str) -> None:
         raise BundleError(f"{name}: instructions is {names!r:.80}; it must be a list of strings")
 
 
-def _model_file(entry: Any, where: str) -> ModelFile:
+def model_entry(entry: Any, where: str) -> ModelFile:
+    """`engine`, one of `alternatives`, or what else names a model file.
+
+    Raises:
+        BundleError: names the key.
+    """
     if not isinstance(entry, dict):
         raise BundleError(f"{where} is {entry!r}; it must be an object with name, file, threads and options")
-    threads = _value(entry, "threads", int, where)
+    threads = entry_value(entry, "threads", int, where)
     if threads < 0:
         raise BundleError(f"{where}.threads is {threads}; it must not be negative")
     return ModelFile(
-        engine=_value(entry, "name", str, where),
-        file=_value(entry, "file", str, where),
+        engine=entry_value(entry, "name", str, where),
+        file=entry_value(entry, "file", str, where),
         threads=threads,
-        options=_value(entry, "options", dict, where),
-        precision=_value(entry, "precision", str, where) if "precision" in entry else "",
+        options=entry_value(entry, "options", dict, where),
+        precision=entry_value(entry, "precision", str, where) if "precision" in entry else "",
         saturation=_saturation(entry, where) if "saturation" in entry else None,
     )
 
 
 def _saturation(entry: Mapping[str, Any], where: str) -> dict[str, Any]:
-    values: dict[str, Any] = _value(entry, "saturation", dict, where)
-    _value(values, "severe", int, f"{where}.saturation")
+    values: dict[str, Any] = entry_value(entry, "saturation", dict, where)
+    entry_value(values, "severe", int, f"{where}.saturation")
     return values
 
 
-def _value(values: Mapping[str, Any], key: str, kind: type | tuple[type, ...], where: str) -> Any:
+def entry_value(values: Mapping[str, Any], key: str, kind: type | tuple[type, ...], where: str) -> Any:
+    """`values[key]`, which is of that kind; true and false are no integers.
+
+    Raises:
+        BundleError: the key is missing, or its value of another kind.
+    """
     if key not in values:
         raise BundleError(f"{where} lacks the key {key!r}; the bundle is damaged or was not written by cveff")
     value = values[key]
-    if not isinstance(value, kind) or isinstance(value, bool):
-        kinds = kind if isinstance(kind, tuple) else (kind,)
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    if not isinstance(value, kind) or (isinstance(value, bool) and bool not in kinds):
         expected = " or ".join(_WORDS[item] for item in kinds)
         raise BundleError(f"{where}: {key} is {value!r:.80}; it must be {expected}")
     return value

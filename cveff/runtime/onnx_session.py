@@ -76,6 +76,7 @@ class OnnxSession(Session):
         output = next((item for item in outputs if item.name == "logits"), outputs[0])
         self._input, self._output = (inputs[0].name if inputs else ""), [output.name]
         self._outputs = [item.name for item in outputs]
+        self.output_names = tuple(self._outputs)
         self._describe(
             [(item.name, [_dimension(size) for size in item.shape]) for item in inputs],
             inputs[0].type.removeprefix("tensor(").removesuffix(")") if inputs else "",
@@ -124,14 +125,19 @@ class OnnxSession(Session):
     def _run_all(self, images: np.ndarray) -> dict[str, np.ndarray]:
         return dict(zip(self._outputs, self._infer(self._outputs, images), strict=True))
 
-    def _infer(self, names: list[str], images: np.ndarray) -> list[np.ndarray]:
+    def _run_carried(self, values: list[np.ndarray]) -> dict[str, np.ndarray]:
+        feed = dict(zip(self.carried, values, strict=True))
+        return dict(zip(self._outputs, self._infer(self._outputs, feed), strict=True))
+
+    def _infer(self, names: list[str], images: np.ndarray | dict[str, np.ndarray]) -> list[np.ndarray]:
         if self._session is None:
             raise EngineError(f"{self.path.name} was closed; open it again")
         try:
-            if self._bound is not None and names == self._output:
+            if self._bound is not None and names == self._output and isinstance(images, np.ndarray):
                 with self._lock:
                     return [self._bound(images)]
-            values: list[np.ndarray] = self._session.run(names, {self._input: images})
+            feed = images if isinstance(images, dict) else {self._input: images}
+            values: list[np.ndarray] = self._session.run(names, feed)
             return values
         except Exception as error:
             raise EngineError(

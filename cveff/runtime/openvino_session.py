@@ -72,6 +72,7 @@ class OpenVinoSession(Session):
         output = next((item for item in outputs if "logits" in item.get_names()), outputs[0])
         self._output = outputs.index(output)
         self._names = [_name(item) for item in outputs]
+        self.output_names = tuple(self._names)
         self._requests: dict[int, Any] = {}  # by batch size, one request for each stream
         self._last_batch = 0
         self._lock = threading.Lock()  # an infer request holds its own buffers: one caller at a time
@@ -82,21 +83,25 @@ class OpenVinoSession(Session):
         )
 
     def _run(self, images: np.ndarray) -> np.ndarray:
-        return np.asarray(self._run_outputs(images, [self._output])[0], np.float32)
+        return np.asarray(self._run_outputs([images], [self._output])[0], np.float32)
 
     def _run_all(self, images: np.ndarray) -> dict[str, np.ndarray]:
-        return dict(zip(self._names, self._run_outputs(images, range(len(self._names))), strict=True))
+        return self._run_carried([images])
 
-    def _run_outputs(self, images: np.ndarray, indices: Sequence[int]) -> list[np.ndarray]:
+    def _run_carried(self, values: list[np.ndarray]) -> dict[str, np.ndarray]:
+        return dict(zip(self._names, self._run_outputs(values, range(len(self._names))), strict=True))
+
+    def _run_outputs(self, inputs: list[np.ndarray], indices: Sequence[int]) -> list[np.ndarray]:
         """Those outputs of a batch, run in parts, each an array of its own."""
         with self._lock:
             if self._model is None:
                 raise EngineError(f"{self.path.name} was closed; open it again")
             try:
                 parts, start = [], 0
-                for size, count in self._rounds(len(images)):
+                for size, count in self._rounds(len(inputs[0])):
                     stop = start + size * count
-                    parts += self._infer(np.split(images[start:stop], count), indices)
+                    split = [np.split(values[start:stop], count) for values in inputs]
+                    parts += self._infer([list(part) for part in zip(*split, strict=True)], indices)
                     start = stop
             except Exception as error:
                 raise EngineError(
@@ -124,18 +129,18 @@ class OpenVinoSession(Session):
             parts += [size] * count
         return parts
 
-    def _infer(self, parts: list[np.ndarray], indices: Sequence[int]) -> list[list[np.ndarray]]:
+    def _infer(self, parts: list[list[np.ndarray]], indices: Sequence[int]) -> list[list[np.ndarray]]:
         """Those outputs of parts of one size, that run at once."""
-        size = len(parts[0])
+        size = len(parts[0][0])
         requests = self._requests.get(size)
         if requests is None:
             requests = self._requests[size] = self._compile(size)
         running = requests[: len(parts)]
         if len(parts) == 1:
-            running[0].infer(parts, share_inputs=True)
+            running[0].infer(parts[0], share_inputs=True)
         else:
             for request, part in zip(running, parts, strict=True):
-                request.start_async([part], share_inputs=True)
+                request.start_async(part, share_inputs=True)
             for request in running:
                 request.wait()
         return [[np.array(request.get_output_tensor(index).data) for index in indices] for request in running]
@@ -144,7 +149,13 @@ class OpenVinoSession(Session):
         model = self._model
         if self.batch is None:
             model = model.clone()
-            model.reshape([batch, *(-1 if size is None else size for size in self._input_shape[1:])])
+            open_sizes = {port: _dimensions(port)[1:] for port in model.inputs}
+            model.reshape(
+                {
+                    port: [batch, *(-1 if size is None else size for size in sizes)]
+                    for port, sizes in open_sizes.items()
+                }
+            )
         compiled = self._core.compile_model(model, "CPU", self._settings)
         return [compiled.create_infer_request() for _ in range(self._streams)]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import logging
 import os
 import sys
 import warnings
@@ -37,6 +38,7 @@ def main(argv: Sequence[str], bundle: str | Path | None = None) -> int:
         options = _parser(bundle is None).parse_args(argv)
     except SystemExit as stop:  # argparse has printed its help or its error
         return int(stop.code or 0)
+    logging.getLogger(__package__).addHandler(logging.NullHandler())  # drift is said once, at the end
     warnings.filterwarnings("ignore", module=r"PIL\.")  # what matters about an image is an error of ours
     for stream in (sys.stdout, sys.stderr):  # names and labels in any alphabet, on any terminal
         if isinstance(stream, io.TextIOWrapper):
@@ -195,7 +197,10 @@ def _run(options: argparse.Namespace, bundle: Path) -> int:
         top_k = options.top_k or (100 if engine.task == "detection" else 5)
         settings = Settings(top_k, options.min_score, options.masks)
         results = answer_images(engine, paths, settings, batch_size=options.batch_size, resize=options.resize)
-        return _print_json(engine, list(results)) if options.json else _print_lines(results, paths)
+        code = _print_json(engine, list(results)) if options.json else _print_lines(results, paths)
+        for alarm in () if engine.cascade is None else engine.cascade.alarms[:1]:
+            print(f"warning: {alarm}", file=sys.stderr)
+        return code
 
 
 def _print_lines(results: Iterator[dict[str, Any]], paths: Sequence[Path]) -> int:
@@ -223,6 +228,12 @@ def _print_json(engine: Engine, results: list[dict[str, Any]]) -> int:
         "images": [result for result in results if "error" not in result],
         "errors": failed,
     }
+    if engine.cascade is not None:
+        document["stages"] = [
+            {"stage": item.name, "images": item.images, "share": item.share}
+            for item in engine.cascade.statistics()
+        ]
+        document["drift"] = [alarm.to_json() for alarm in engine.cascade.alarms]
     print(json.dumps(document, indent=2))
     for result in failed:
         print(f"error: {result['error']}", file=sys.stderr)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -13,6 +13,9 @@ from .errors import EngineError, InputSizeError
 
 Dimension = int | None
 """One dimension of a tensor; None where the file leaves it open."""
+
+CARRIED = "carried."
+"""How the names of tensors begin that one stage of a network gives to a later one."""
 
 Choices = tuple[Any, ...] | range | type[str]
 """What an option may be: one of these values, an integer of this range, or any text."""
@@ -30,6 +33,9 @@ class Session(ABC):
         batch: the only batch size the file takes; None where any will do.
         num_classes: width of the logits; None where the file leaves it open.
         notes: what a user should know of how the engine runs this file, such as work that it left to the CPU.
+        carried: inputs of a file that goes on from what an earlier stage of the same network gave, in the file's order;
+            empty for files that take images.
+        output_names: of the file's outputs.
     """
 
     engine: str
@@ -42,6 +48,8 @@ class Session(ABC):
         self.batch: Dimension = None
         self.num_classes: Dimension = None
         self.notes: tuple[str, ...] = ()
+        self.carried: tuple[str, ...] = ()
+        self.output_names: tuple[str, ...] = ("logits",)
         self._input_shape: tuple[Dimension, ...] = (None, None, None, None)
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
@@ -71,6 +79,17 @@ class Session(ABC):
             return {name: value[:0] for name, value in self._run_all(one).items()}
         return self._run_all(np.ascontiguousarray(images))
 
+    def go_on(self, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Every output of a stage by name, from what earlier stages carried to it.
+
+        Args:
+            values: by name, those in `carried` at least; each (N, …) of the type the earlier stage gave, N 1 or more.
+
+        Raises:
+            EngineError: the engine failed, or does not run such files.
+        """
+        return self._run_carried([np.ascontiguousarray(values[name]) for name in self.carried])
+
     def metadata(self) -> dict[str, str]:
         """What the file says about itself, as written; empty where the engine does not tell."""
         return {}
@@ -79,7 +98,7 @@ class Session(ABC):
         """Free the engine's memory. The session cannot be used afterwards; closing twice is harmless."""
         self._release()
 
-    def __enter__(self) -> Session:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -91,6 +110,12 @@ class Session(ABC):
     def _run_all(self, images: np.ndarray) -> dict[str, np.ndarray]:
         """Engines that run files with other outputs than logits return those, too."""
         return {"logits": self._run(images)}
+
+    def _run_carried(self, values: list[np.ndarray]) -> dict[str, np.ndarray]:
+        raise EngineError(
+            f"{self.engine} does not run {self.path.name}, which goes on from another stage; use "
+            f"onnxruntime or openvino"
+        )
 
     @abstractmethod
     def _release(self) -> None: ...
@@ -105,6 +130,10 @@ class Session(ABC):
             dtype: element type of the first input, "uint8" where it is right.
             output: shape of the output that holds the logits.
         """
+        self.num_classes = output[-1] if len(output) == 2 else None
+        if inputs and all(name.startswith(CARRIED) for name, _ in inputs):
+            self.carried = tuple(name for name, _ in inputs)
+            return
         if len(inputs) != 1 or dtype != "uint8" or len(inputs[0][1]) != 4:
             described = ", ".join(f"{name} {_shape(shape)}" for name, shape in inputs) or "nothing"
             raise EngineError(
@@ -115,9 +144,12 @@ class Session(ABC):
         self._input_shape = shape
         self.batch, height, width, self.channels = shape
         self.size = (height, width) if height is not None and width is not None else None
-        self.num_classes = output[-1] if len(output) == 2 else None
 
     def _check(self, images: np.ndarray) -> None:
+        if self.carried:
+            raise InputSizeError(
+                f"{self.path.name} goes on from another stage and takes no images; open the bundle it belongs to"
+            )
         expected = _shape(self._input_shape)
         if not isinstance(images, np.ndarray):
             raise InputSizeError(
