@@ -25,6 +25,7 @@ _HOME = {
     "quantize": "cveff.compress.quant.network:QuantizedGraph",
     "quantize_weights": "cveff.compress.quant.weight_edit:QuantizeWeights",
     "sparsity": "cveff.compress.sparsity:Sparsity",
+    "reduce_tokens": "cveff.dynamic.token_edit:TokenReduction",
 }
 
 

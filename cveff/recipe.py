@@ -20,6 +20,7 @@ from cveff.compress import Distill, LowRank, Prune, Quantize, Sparsify
 from cveff.compress.quantize import TRAINABLE
 from cveff.data.augment import Augmentation
 from cveff.data.named import NAMED
+from cveff.dynamic import ReduceTokens
 from cveff.errors import RecipeError
 from cveff.recipe_settings import DataSettings, DeploySettings, ModelSettings
 from cveff.schema import parse
@@ -49,7 +50,7 @@ RECIPES = Path(__file__).parent / "model_zoo" / "recipes"
 
 def _step_kinds() -> dict[str, type]:
     """The recipe's union: every method a `[[steps]]` table can name by its `kind`."""
-    steps = (Reparameterize, FoldBatchNorm, Train, Prune, LowRank, Distill, Sparsify, Quantize)
+    steps = (Reparameterize, FoldBatchNorm, Train, Prune, LowRank, Distill, Sparsify, ReduceTokens, Quantize)
     return {step.kind: step for step in steps}
 
 

@@ -1,0 +1,101 @@
+"""Token merging (ToMe: Bolya et al., arXiv:2210.09461): in each block the most similar pairs of tokens become one.
+
+Written from the paper. What it is made of was chosen by the time it takes in ONNX Runtime: rows are gathered whole,
+sums are a product with a one-hot matrix, and the one sort is a TopK; nothing has a shape that depends on the image.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cveff.dynamic.token_state import Tokens, gather_rows, move
+from cveff.dynamic.token_vit import Attended
+
+
+class MergeTokens(nn.Module):
+    """Merge `r` patch tokens into others, between attention and MLP (section 3).
+
+    Every second token (A) looks for the most similar of the others (B) by the cosine of keys averaged over heads;
+    the r best pairs are merged as `x = Σ size · x / Σ size`. With fewer than 2r tokens half of them are merged.
+
+    Args:
+        r: tokens that go.
+        proportional: attention sees a token of size s as s tokens (equation 1).
+    """
+
+    is_before_block = False
+
+    def __init__(self, r: int, proportional: bool = True) -> None:
+        super().__init__()
+        self.r, self.proportional = r, proportional
+
+    def remaining(self, count: int, first_count: int) -> int:
+        """Patch tokens after this block, of `count` before it."""
+        return count - min(self.r, count // 2)
+
+    def match(self, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """How similar each token of A is to its best in B, and which that is: (B, na) float and int64.
+
+        Args:
+            keys: (B, n, D), averaged over heads.
+        """
+        metric = F.normalize(keys, dim=-1)
+        return (metric[:, ::2] @ metric[:, 1::2].transpose(1, 2)).max(dim=-1)
+
+    def forward(self, tokens: Tokens, attended: Attended) -> Tokens:
+        """`tokens` after the attention half of a block, with r fewer."""
+        count = tokens.num_patches
+        r = count - self.remaining(count, count)
+        if r == 0:
+            return tokens
+        similarity, best = self.match(attended.content[:, :, tokens.prefix :].mean(dim=1))
+        order = similarity.topk(similarity.shape[1], dim=-1).indices
+        go, stay = order[:, :r], order[:, r:]
+        if stay.shape[1]:
+            stay = _ascending(stay)  # in the image's order, so that the next block's A and B are neighbours again
+        to = best.gather(1, go)
+        size = tokens.size
+        if size is None:
+            size = torch.ones(similarity.shape[0], count, device=to.device)
+        patches = tokens.patches
+        merged, merged_size = _merge(
+            patches[:, 1::2], gather_rows(patches[:, ::2], go), size[:, 1::2], size[:, ::2].gather(1, go), to
+        )
+        kept = gather_rows(patches[:, ::2], stay)
+        rope = tokens.rope_rows()
+        if rope is not None:  # a merged token is where the one of B was
+            rope = torch.cat((gather_rows(rope[:, ::2], stay), rope[:, 1::2]), dim=1)[:, None]
+        return tokens._replace(
+            x=tokens.with_patches(torch.cat((kept, merged), dim=1)),
+            size=torch.cat((size[:, ::2].gather(1, stay), merged_size), dim=1),
+            proportional=self.proportional,
+            source=move(tokens.source, _places(go, stay, to, count)) if tokens.source is not None else None,
+            rope=rope,
+        )
+
+
+def _merge(b: Tensor, a: Tensor, size_b: Tensor, size_a: Tensor, to: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens `b` (B, nb, C) with those of `a` (B, r, C) merged into number `to` (B, r), and their sizes."""
+    onto = to[:, None] == torch.arange(b.shape[1], device=to.device)[:, None]  # (B, nb, r)
+    added = onto * size_a[:, None]
+    size = size_b + added.sum(dim=-1)
+    # Sizes are divided before the product, on the smaller matrix; a token nothing joins is multiplied by exactly 1.
+    share = (added / size[..., None]).to(b.dtype)
+    return b * (size_b / size)[..., None].to(b.dtype) + share @ a, size
+
+
+def _ascending(index: Tensor) -> Tensor:
+    """Each row (B, k) of indices sorted; by TopK, as ONNX has no sort."""
+    return -((-index.to(torch.int32)).topk(index.shape[1], dim=-1).values).to(torch.int64)
+
+
+def _places(go: Tensor, stay: Tensor, to: Tensor, count: int) -> Tensor:
+    """(B, count) where each token is afterwards: those of A that stay come first, then all of B."""
+    kept, num_b = stay.shape[1], count // 2
+    numbers = torch.arange(kept + num_b, device=go.device).expand(go.shape[0], -1)
+    of_a = torch.zeros_like(torch.cat((stay, go), dim=1))
+    of_a = of_a.scatter(1, torch.cat((stay, go), dim=1), torch.cat((numbers[:, :kept], kept + to), dim=1))
+    of_b = F.pad(numbers[:, kept:], (0, of_a.shape[1] - num_b))
+    return torch.stack((of_a, of_b), dim=-1).flatten(1)[:, :count]
