@@ -102,7 +102,7 @@ def mlp_half(block: nn.Module, x: Tensor) -> Tensor:
 
 
 def attend(attn: nn.Module, x: Tensor, bias: Tensor | None, rope: Tensor | None) -> Attended:
-    """`attn` of `x` (B, N, C), by `F.scaled_dot_product_attention`.
+    """`attn` of `x` (B, N, C), fused where timm's would be.
 
     Args:
         bias: added to the logits, (B, 1, 1 or N, N).
@@ -116,14 +116,22 @@ def attend(attn: nn.Module, x: Tensor, bias: Tensor | None, rope: Tensor | None)
     groups = cast(int, getattr(attn, "num_kv_groups", 1))
     if groups > 1:
         key, value = (item.repeat_interleave(groups, dim=1) for item in (key, value))
-    dropout = cast(nn.Dropout, attn.attn_drop).p if attn.training else 0.0
-    output = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout)
-    output = output.transpose(1, 2).flatten(2)
+    output = _mix(attn, query, key, value, bias).transpose(1, 2).flatten(2)
     if getattr(attn, "norm", None) is not None:
         output = _call(attn.norm, output)
     if getattr(attn, "gate", None) is not None:
         output = output * _call(attn.gate, x).sigmoid()
     return Attended(_call(attn.proj_drop, _call(attn.proj, output)), query, key, content)
+
+
+def _mix(attn: nn.Module, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+    """`softmax(q kᵀ / √D + bias) v`, (B, heads, N, D)."""
+    dropout = cast(nn.Dropout, attn.attn_drop)
+    if attn.fused_attn:
+        p = dropout.p if attn.training else 0.0
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=p)
+    logits = (query * cast(float, attn.scale)) @ key.transpose(-2, -1)  # (B, heads, N, N)
+    return _call(dropout, (logits if bias is None else logits + bias).softmax(dim=-1)) @ value
 
 
 def _project(attn: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

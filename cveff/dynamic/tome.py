@@ -14,6 +14,10 @@ from cveff.dynamic.token_state import Tokens, gather_rows, move
 from cveff.dynamic.token_vit import Attended
 
 
+TINY = 1e-6
+"""Smallest length of a key that is divided by; above zero in float16 too."""
+
+
 class MergeTokens(nn.Module):
     """Merge `r` patch tokens into others, between attention and MLP (section 3).
 
@@ -35,22 +39,23 @@ class MergeTokens(nn.Module):
         """Patch tokens after this block, of `count` before it."""
         return count - min(self.r, count // 2)
 
-    def match(self, keys: Tensor) -> tuple[Tensor, Tensor]:
+    def match(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         """How similar each token of A is to its best in B, and which that is: (B, na) float and int64.
 
         Args:
-            keys: (B, n, D), averaged over heads.
+            a, b: unit vectors (B, na, D) and (B, nb, D).
         """
-        metric = F.normalize(keys, dim=-1)
-        return (metric[:, ::2] @ metric[:, 1::2].transpose(1, 2)).max(dim=-1)
+        return (a @ b.transpose(1, 2)).max(dim=-1)
 
     def forward(self, tokens: Tokens, attended: Attended) -> Tokens:
         """`tokens` after the attention half of a block, with r fewer."""
-        count = tokens.num_patches
+        count, prefix = tokens.num_patches, tokens.prefix
         r = count - self.remaining(count, count)
         if r == 0:
             return tokens
-        similarity, best = self.match(attended.content[:, :, tokens.prefix :].mean(dim=1))
+        keys = attended.content.mean(dim=1)  # (B, N, D)
+        keys = keys / keys.norm(dim=-1, keepdim=True).clamp_min(TINY)
+        similarity, best = self.match(keys[:, prefix::2], keys[:, prefix + 1 :: 2])
         order = similarity.topk(similarity.shape[1], dim=-1).indices
         go, stay = order[:, :r], order[:, r:]
         if stay.shape[1]:
@@ -59,19 +64,19 @@ class MergeTokens(nn.Module):
         size = tokens.size
         if size is None:
             size = torch.ones(similarity.shape[0], count, device=to.device)
-        patches = tokens.patches
-        merged, merged_size = _merge(
-            patches[:, 1::2], gather_rows(patches[:, ::2], go), size[:, 1::2], size[:, ::2].gather(1, go), to
-        )
-        kept = gather_rows(patches[:, ::2], stay)
-        rope = tokens.rope_rows()
+        size_a, size_b = size[:, ::2], size[:, 1::2]
+        # Rows of A are taken from where they are: an own copy of A would cost as much as the merging.
+        x = tokens.x
+        gone, kept = gather_rows(x, prefix + 2 * go), gather_rows(x, prefix + 2 * stay)
+        merged, merged_size = _merge(x[:, prefix + 1 :: 2], gone, size_b, size_a.gather(1, go), to)
+        rope, source = tokens.rope_rows(), tokens.source
         if rope is not None:  # a merged token is where the one of B was
             rope = torch.cat((gather_rows(rope[:, ::2], stay), rope[:, 1::2]), dim=1)[:, None]
         return tokens._replace(
-            x=tokens.with_patches(torch.cat((kept, merged), dim=1)),
-            size=torch.cat((size[:, ::2].gather(1, stay), merged_size), dim=1),
+            x=torch.cat((x[:, :prefix], kept, merged), dim=1),
+            size=torch.cat((size_a.gather(1, stay), merged_size), dim=1),
             proportional=self.proportional,
-            source=move(tokens.source, _places(go, stay, to, count)) if tokens.source is not None else None,
+            source=None if source is None else move(source, _places(go, stay, to, count)),
             rope=rope,
         )
 
