@@ -41,6 +41,7 @@ SCRIPTS = (
     "weight_only",
     "quantize_peers",
     "repairs",
+    "token_reduction",
 )
 HELPERS = (
     "architectures",
@@ -59,6 +60,7 @@ HELPERS = (
     "quantize_networks",
     "quantize_summary",
     "quantize_tools",
+    "token_rivals",
     "torch_pruning_peer",
     "trained",
     "weight_only_vit",

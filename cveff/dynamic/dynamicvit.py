@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cveff.dynamic.evit import ROUNDING, follow
-from cveff.dynamic.token_state import Tokens, gather_rows
+from cveff.dynamic.token_state import Choice, Tokens, gather_rows
 
 
 class KeepPredicted(nn.Module):
@@ -26,6 +26,7 @@ class KeepPredicted(nn.Module):
     def __init__(self, width: int, ratio: float) -> None:
         super().__init__()
         self.ratio = ratio
+        self.order = Choice()
         self.local = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU())
         half, quarter = max(1, width // 2), max(1, width // 4)
         self.score = nn.Sequential(
@@ -63,7 +64,7 @@ class KeepPredicted(nn.Module):
             return tokens._replace(mask=self.draw(logits, tokens.mask))
         kept = self.remaining(tokens.num_patches, first_count)
         keep = logits[..., 0] - logits[..., 1]
-        order = keep.topk(tokens.num_patches, dim=-1).indices
+        order = self.order(keep.topk(tokens.num_patches, dim=-1).indices)
         rows = gather_rows(tokens.patches, order)
         source, aside = follow(tokens, order, rows, kept, fuse=False)
         rope = tokens.rope_rows()

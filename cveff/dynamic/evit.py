@@ -7,9 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from cveff.dynamic.token_state import Tokens, gather_rows, move
+from cveff.dynamic.token_state import Choice, Tokens, gather_rows, move
 from cveff.dynamic.token_vit import Attended
-
 
 ROUNDING = 1e-9
 """0.1 · 30 is a little more than 3 in floating point, and 0.7² · 100 a little less than 49."""
@@ -32,6 +31,7 @@ class KeepAttended(nn.Module):
     def __init__(self, keep_rate: float, fuse: bool = True, has_class_token: bool = True) -> None:
         super().__init__()
         self.keep_rate, self.fuse, self.has_class_token = keep_rate, fuse, has_class_token
+        self.order = Choice()
 
     def remaining(self, count: int, first_count: int) -> int:
         """Patch tokens after this block, of `count` before it."""
@@ -54,7 +54,9 @@ class KeepAttended(nn.Module):
         kept = self._kept(count)
         if self.remaining(count, count) >= count:  # fusing a single token saves none
             return tokens
-        score, order = self.scores(attended.queries, attended.keys, tokens.prefix).topk(count, dim=-1)
+        score = self.scores(attended.queries, attended.keys, tokens.prefix)
+        order = self.order(score.topk(count, dim=-1).indices)
+        score = score.gather(1, order)
         rows = gather_rows(tokens.patches, order)
         rope = tokens.rope_rows()
         # The fused token has no place of its own: it is given that of the most attended among its parts.

@@ -86,9 +86,7 @@ class ReduceTokens:
                 "reduce_tokens.inflect changes one r over the blocks, and r is a list; leave one out"
             )
         if not 0 < self.keep_rate <= 1:
-            raise StepError(
-                f"reduce_tokens.keep_rate is {self.keep_rate!r}; give a share above 0, up to 1"
-            )
+            raise StepError(f"reduce_tokens.keep_rate is {self.keep_rate!r}; give a share above 0, up to 1")
         if self.at != tuple(sorted(set(self.at))):
             raise StepError(f"reduce_tokens.at is {self.at!r}; give different blocks in ascending order")
         if min(self.ratio_weight, self.token_weight) < 0:
@@ -210,7 +208,11 @@ def _clamped(module: nn.Module, edit: TokenReduction) -> dict[int, int]:
 def _summary(module: nn.Module, edit: TokenReduction) -> str:
     blocks, count = reduced_blocks(module), _num_patches(module)
     if blocks is None or count is None:
-        return f"{edit.method}: no tokens are reduced" if blocks is None else f"{edit.method}: tokens are reduced"
+        return (
+            f"{edit.method}: no tokens are reduced"
+            if blocks is None
+            else f"{edit.method}: tokens are reduced"
+        )
     counts = blocks.counts(count)
     text = f"{edit.method}: of {count} patch tokens {counts[-1]} are left after the last block"
     text += f", {sum(counts) / (count * len(counts)):.0%} on average"

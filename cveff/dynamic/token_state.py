@@ -5,10 +5,15 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 LEAK = 1e-6
 """Share of its attention a masked token keeps, so that the gradient of the logarithm stays finite."""
+
+
+class Choice(nn.Identity):
+    """Indices (B, k) int64 that the network chose by comparing. Rounding can turn a near tie, so who compares an engine
+    with PyTorch shows PyTorch the engine's choice by a hook here."""
 
 
 class Tokens(NamedTuple):

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cveff.dynamic.token_state import Tokens, gather_rows, move
+from cveff.dynamic.token_state import Choice, Tokens, gather_rows, move
 from cveff.dynamic.token_vit import Attended
-
 
 TINY = 1e-6
 """Smallest length of a key that is divided by; above zero in float16 too."""
@@ -34,6 +33,7 @@ class MergeTokens(nn.Module):
     def __init__(self, r: int, proportional: bool = True) -> None:
         super().__init__()
         self.r, self.proportional = r, proportional
+        self.best, self.order = Choice(), Choice()
 
     def remaining(self, count: int, first_count: int) -> int:
         """Patch tokens after this block, of `count` before it."""
@@ -56,10 +56,12 @@ class MergeTokens(nn.Module):
         keys = attended.content.mean(dim=1)  # (B, N, D)
         keys = keys / keys.norm(dim=-1, keepdim=True).clamp_min(TINY)
         similarity, best = self.match(keys[:, prefix::2], keys[:, prefix + 1 :: 2])
-        order = similarity.topk(similarity.shape[1], dim=-1).indices
+        best, order = self.best(best), self.order(similarity.topk(similarity.shape[1], dim=-1).indices)
         go, stay = order[:, :r], order[:, r:]
         if stay.shape[1]:
-            stay = _ascending(stay)  # in the image's order, so that the next block's A and B are neighbours again
+            stay = _ascending(
+                stay
+            )  # in the image's order, so that the next block's A and B are neighbours again
         to = best.gather(1, go)
         size = tokens.size
         if size is None:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import cveff
-from cveff.compress import Distill, LowRank, Quantize
+from cveff.compress import Distill, Quantize
 from cveff.data import Data
 from cveff.data import load as load_data
 from cveff.dynamic import ReduceTokens
@@ -25,16 +25,25 @@ from cveff.dynamic.token_state import Tokens
 from cveff.dynamic.token_vit import attention_half, mlp_half
 from cveff.edits import edit_from_json, edit_to_json
 from cveff.errors import StepError
+from cveff.export.normalize import deployable
 from cveff.model import Model
+from cveff.pipeline import evaluate
 from cveff.progress import Silent
 from cveff.recipe import parse_recipe
+from cveff.runtime.engines import open_file
 from cveff.runtime.input_spec import InputSpec
 from cveff.train import Train
 
 METHODS = ("tome", "evit", "dynamicvit")
 INPUT = InputSpec(size=(8, 8), channels=1, mean=(0.3,), std=(0.35,))
 TRAIN = Train(
-    epochs=4, batch_size=64, optimizer="adamw", learning_rate=2e-3, precision="fp32", warmup_epochs=0
+    epochs=4,
+    batch_size=64,
+    optimizer="adamw",
+    learning_rate=2e-3,
+    precision="fp32",
+    warmup_epochs=0,
+    label_smoothing=0.0,
 )
 # Class token; distillation token; registers and layer scale; no position for the class token; attention pooling;
 # average pooling; norms after the branches; q/k norms; rotary embeddings with and without a fused projection.
@@ -106,7 +115,9 @@ def test_the_halves_of_a_block_are_the_block(name: str, fused: bool) -> None:
         half, attended = attention_half(module.blocks[1], x, bias, rope)
         found = mlp_half(module.blocks[1], half)
         expected = module.blocks[1](x, attn_mask=bias, **more)
-    assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5)  # the same sums, one of them in another order
+    assert torch.allclose(
+        found, expected, rtol=1e-5, atol=1e-5
+    )  # the same sums, one of them in another order
     assert attended.content.shape[2] == 16
 
 
@@ -129,7 +140,9 @@ def test_the_whole_family_is_reduced(name: str, method: str) -> None:
     assert logits.shape == (3, 5) and logits.isfinite().all()
     assert all(torch.equal(value, before[key]) for key, value in dense.state_dict().items())
     with torch.no_grad():
-        dense_map = ReduceTokens(method, r=2, keep_rate=0.6, restore=True).attach(dense).forward_features(pixels())  # type: ignore[arg-type]
+        dense_map = (
+            ReduceTokens(method, r=2, keep_rate=0.6, restore=True).attach(dense).forward_features(pixels())
+        )  # type: ignore[arg-type]
         assert dense_map.shape == dense.forward_features(pixels()).shape
 
 
@@ -184,7 +197,7 @@ def test_shares_are_not_misled_by_floating_point(method: str) -> None:
 def digits() -> Data:
     data = load_data("digits", seed=0)
     assert data.train is not None
-    return replace(data, train=data.train.subset(np.arange(512)), val=data.val.subset(np.arange(100)))
+    return replace(data, val=data.val.subset(np.arange(100)))
 
 
 @pytest.fixture(scope="module")
@@ -197,17 +210,17 @@ def dense(digits: Data) -> Model:
         input=INPUT,
         patch_size=2,
         embed_dim=32,
-        depth=4,
+        depth=2,
         num_heads=2,
     )
-    return cveff.apply(model, replace(TRAIN, epochs=12), data=digits)
+    return cveff.apply(model, replace(TRAIN, epochs=16, learning_rate=3e-3), data=digits)
 
 
 STEPS = {
-    "tome": ReduceTokens(r=2),
-    "evit": ReduceTokens("evit", keep_rate=0.7),
+    "tome": ReduceTokens(r=4),
+    "evit": ReduceTokens("evit", keep_rate=0.7, at=(1,)),
     "dynamicvit": ReduceTokens(
-        "dynamicvit", keep_rate=0.8, recover=Distill(alpha=1 / 3, temperature=1.0, train=TRAIN)
+        "dynamicvit", keep_rate=0.8, at=(1,), recover=Distill(alpha=1 / 3, temperature=1.0, train=TRAIN)
     ),
 }
 
@@ -237,9 +250,9 @@ def test_the_file_has_static_shapes_and_agrees(reduced: Model, digits: Data, tmp
     outputs = [item.name for item in onnx.load(path).graph.output]
     assert outputs == ["logits"]
     predicted = []
-    with cveff.runtime.engines.open_file("onnxruntime", path, threads=1) as session:
+    with open_file("onnxruntime", path, threads=1) as session:
         for images, _ in digits.val.evaluation_batches(INPUT, 33):
-            network = cveff.export.normalize.deployable(reduced.module, INPUT)
+            network = deployable(reduced.module, INPUT)
             with torch.no_grad():
                 expected = network(torch.from_numpy(images)).argmax(1).numpy()
             predicted.append(session(images).argmax(1) == expected)
@@ -258,22 +271,32 @@ def test_training_goes_on_with_fewer_tokens(reduced: Model, digits: Data) -> Non
         for name, value in tuned.module.state_dict().items()
         if not torch.equal(value, reduced.module.state_dict()[name])
     ]
-    assert any("layers.3" in name for name in changed)
+    assert any("layers.1" in name for name in changed)
     assert blocks_of(tuned.module).counts(16) == blocks_of(reduced.module).counts(16)
 
 
 def test_short_tuning_keeps_accuracy(reduced: Model, dense: Model, digits: Data) -> None:
     tuned = cveff.apply(reduced, replace(TRAIN, epochs=2, learning_rate=5e-4), data=digits)
-    before = cveff.pipeline.evaluate(dense, digits)
-    assert before > 0.85
-    assert cveff.pipeline.evaluate(tuned, digits) > before - 0.1
+    before = evaluate(dense, digits)
+    assert before > 0.75
+    assert evaluate(tuned, digits) > before - 0.1
 
 
-def test_other_steps_may_follow(reduced: Model, digits: Data, tmp_path: Path) -> None:
-    smaller = cveff.apply(reduced, LowRank(ratio=0.5), data=digits)
-    assert smaller.num_parameters < reduced.num_parameters
-    rounded = cveff.apply(reduced, Quantize(), data=digits)
-    assert cveff.export(rounded, tmp_path / "int8.onnx").is_file()
+def test_rounding_to_int8_may_follow(digits: Data, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = cveff.create(
+        "vit_tiny_patch16_224",
+        labels=digits.labels,
+        input=INPUT,
+        patch_size=2,
+        embed_dim=16,
+        depth=1,
+        num_heads=1,
+    )
+    rounded = cveff.apply(model, [ReduceTokens(r=4), Quantize()], data=digits)
+    path = cveff.export(rounded, tmp_path / "int8.onnx")
+    kinds = {node.op_type for node in onnx.load(path).graph.node}
+    assert {"QuantizeLinear", "TopK"} <= kinds
 
 
 def test_messages_count_the_tokens(dense: Model) -> None:
@@ -283,8 +306,8 @@ def test_messages_count_the_tokens(dense: Model) -> None:
         def message(self, text: str) -> None:
             lines.append(text)
 
-    cveff.apply(dense, ReduceTokens(r=6), progress=Listening())
-    assert "of 16 patch tokens 2 are left" in lines[-1] and "r is 5 in block 1" in lines[-1]
+    cveff.apply(dense, ReduceTokens(r=9), progress=Listening())
+    assert "of 16 patch tokens 4 are left" in lines[-1] and "r is 8 in block 0, 4 in block 1" in lines[-1]
 
 
 @pytest.mark.parametrize(
@@ -310,9 +333,9 @@ def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], words
 def test_what_cannot_be_reduced_is_refused(dense: Model, digits: Data) -> None:
     with pytest.raises(StepError, match="ResNet is not a vision transformer"):
         ReduceTokens().attach(timm.create_model("test_resnet"))
-    with pytest.raises(StepError, match="there is no block 4; the network has 0 to 3"):
+    with pytest.raises(StepError, match="there is no block 4; the network has 0 to 1"):
         cveff.apply(dense, ReduceTokens("evit", at=(1, 4)))
-    with pytest.raises(StepError, match="r has 3 numbers for 4 blocks"):
+    with pytest.raises(StepError, match="r has 3 numbers for 2 blocks"):
         cveff.apply(dense, ReduceTokens(r=(1, 2, 3)))
     with pytest.raises(StepError, match="reduced already"):
         cveff.apply(dense, [ReduceTokens(), ReduceTokens()])
@@ -360,3 +383,16 @@ def test_restored_tokens_of_a_dropped_one_are_those_it_had() -> None:
     # n0 = 4: 4 is the first set aside; 3 is no live token of the one left, so it is not asked for here.
     tokens = tokens._replace(source=torch.tensor([[0, 4, 0, 5]]))
     assert tokens.restored()[0, :, 0].tolist() == [0.0, 1.0, 7.0, 1.0, 8.0]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_near_ties_do_not_fail_an_export(method: str, tmp_path: Path) -> None:
+    """Black images: patches differ by their positions alone, and random weights leave those all but equal."""
+    torch.manual_seed(0)
+    model = cveff.create(
+        "vit_tiny_patch16_224", num_classes=3, image_size=32, patch_size=4, embed_dim=32, num_heads=2, depth=1
+    )
+    step = ReduceTokens(method, at=(0,), r=20, keep_rate=0.6)  # type: ignore[arg-type]
+    reduced = Model(replace(model.spec, edits=(step.plan(model.module),)), step.attach(model.module))
+    path = cveff.export(reduced, tmp_path / "model.onnx")
+    assert [item.name for item in onnx.load(path).graph.output] == ["logits"]
