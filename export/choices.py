@@ -1,7 +1,7 @@
 """Networks that choose by comparing (which tokens to merge) are compared with PyTorch at the file's own choices.
 
-Two tokens can be alike to the last bit but one; then the engine's rounding and PyTorch's choose differently, and both are
-right. So for the comparison the file also returns what it chose, PyTorch is shown that, and the rest must agree.
+Two tokens can be alike but for the last bit; then the engine's rounding and PyTorch's choose differently, and both
+are right. So for the comparison the file also returns what it chose, PyTorch is shown that, and the rest must agree.
 """
 
 from __future__ import annotations

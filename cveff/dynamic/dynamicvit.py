@@ -11,7 +11,7 @@ from cveff.dynamic.token_state import Choice, Tokens, gather_rows
 
 
 class KeepPredicted(nn.Module):
-    """Before a block, keep ⌊`ratio` · n0⌋ of the network's n0 patch tokens: those a predictor scores highest (section 3.2).
+    """Before a block, keep the ⌊`ratio` · n0⌋ patch tokens a predictor scores highest, of n0 at first (section 3.2).
 
     In training nothing is dropped: a mask drawn by Gumbel-softmax (equation 9) closes attention to the tokens that
     would go, and they stay as they are. A token once masked stays so (equation 7).

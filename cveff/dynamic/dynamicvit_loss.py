@@ -41,7 +41,7 @@ class RatioObjective:
 
 
 class TokenImitation:
-    """An objective with a teacher, plus `weight` times the squared error of kept tokens against its tokens (equation 11).
+    """An objective with a teacher, plus `weight` times kept tokens' squared error against its tokens (equation 11).
 
     Tokens are compared as the final norm gives them.
 

@@ -25,7 +25,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ReduceTokens:
-    """Merge or drop tokens between the blocks of timm's vision transformers. Shapes stay static: the file exports as before.
+    """Merge or drop tokens between the blocks of timm's vision transformers; shapes stay static, for every engine.
 
     Class, distillation and register tokens are never touched. Where the head looks at patch tokens (average or
     attention pooling), the last block gives every patch the token that stands for it, so the head weighs by size.

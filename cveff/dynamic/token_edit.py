@@ -30,11 +30,12 @@ class TokenReduction:
         keep_rate: of the others, the share that stays each time.
         fuse: of EViT.
         proportional: of ToMe.
+        ratio_weight: of DynamicViT, in every later training.
         restore: the last block gives as many tokens as the first was given.
 
     Raises:
-        StepError: when applied: the network is no vision transformer these work on, tokens are reduced in it already, or
-            it has no such block.
+        StepError: when applied: the network is no vision transformer these work on, has reduced tokens already, or
+            lacks such a block.
     """
 
     method: Method

@@ -1,12 +1,11 @@
-"""Fewer tokens on Fashion-MNIST at 64×64, 256 tokens: accuracy and time of ToMe, EViT and DynamicViT in the exported file.
+"""Fewer tokens on Fashion-MNIST at 64×64: accuracy and time of ToMe, EViT and DynamicViT in the exported file.
 
-A ViT (6 blocks of width 128, patches of 4 pixels) is trained here. Every method reduces it at several strengths, without
-training and after a short one taught by the dense network; merging at random and average pooling have ToMe's tokens.
-Settings are chosen on the 5,000 validation images; figures are of the 10,000 test images. Times are of the exported
-files in ONNX Runtime, in turns with the dense one.
+A ViT (6 blocks of width 128, 256 patches of 4 pixels) is trained here. Every method reduces it at several strengths,
+without training and after a short one taught by the dense network; merging at random and average pooling have ToMe's
+tokens. Figures are of the 10,000 test images; times are of the exported files in ONNX Runtime, in turns with the
+dense one.
 
-Training takes about half an hour an epoch on one core, and a short tuning a third of the dense network's. Stopped at
-any moment it goes on where it was.
+Training takes hours on two cores. Stopped at any moment it goes on where it was.
 
 python tools/benchmarks/token_reduction.py                  # all
 python tools/benchmarks/token_reduction.py --until trained  # accuracies, on a machine that need not be quiet

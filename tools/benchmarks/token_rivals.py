@@ -19,7 +19,7 @@ class RandomMerging(MergeTokens):
         random = torch.Generator().manual_seed(a.shape[1])
         similarity = torch.rand(a.shape[1], generator=random).to(a)
         best = torch.randint(b.shape[1], (a.shape[1],), generator=random).to(a.device)
-        return similarity.expand(len(a), -1), best.expand(len(a), -1)
+        return similarity.expand(a.shape[0], -1), best.expand(a.shape[0], -1)
 
 
 class AveragePooling(MergeTokens):
@@ -32,7 +32,7 @@ class AveragePooling(MergeTokens):
         for bit in range(16):
             similarity -= (number // 2**bit % 2) * 0.5 ** (bit + 1)
         best = number.clamp(max=b.shape[1] - 1)
-        return similarity.to(a.dtype).expand(len(a), -1), best.expand(len(a), -1)
+        return similarity.to(a.dtype).expand(a.shape[0], -1), best.expand(a.shape[0], -1)
 
 
 def merged_by(rule: type[MergeTokens], model: Model, step: ReduceTokens) -> Model:
