@@ -122,7 +122,7 @@ class ReduceTokens:
     def attach(self, module: nn.Module) -> nn.Module:
         """A changed copy of one of timm's networks; the original is untouched.
 
-        DynamicViT's predictors are new: train the copy with `cveff.dynamic.RatioObjective`, or in a loop of your own.
+        DynamicViT's predictors are new: train the copy with `cveff.dynamic.dynamicvit_loss.RatioObjective`.
 
         Args:
             module: takes (N, C, H, W).
