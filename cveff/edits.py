@@ -27,6 +27,7 @@ _HOME = {
     "early_exit": "cveff.dynamic.exits:Exits",
     "sparsity": "cveff.compress.sparsity:Sparsity",
     "adapters": "cveff.train.adapters:Adapters",
+    "reduce_tokens": "cveff.dynamic.token_edit:TokenReduction",
 }
 
 

@@ -20,7 +20,7 @@ from cveff.compress import Distill, LowRank, Prune, Quantize, Sparsify
 from cveff.compress.quantize import TRAINABLE
 from cveff.data.augment import Augmentation
 from cveff.data.named import NAMED
-from cveff.dynamic import EarlyExit
+from cveff.dynamic import EarlyExit, ReduceTokens
 from cveff.errors import RecipeError
 from cveff.recipe_settings import DataSettings, DeploySettings, ModelSettings
 from cveff.schema import parse
@@ -61,6 +61,7 @@ def _step_kinds() -> dict[str, type]:
         Sparsify,
         Tune,
         MergeAdapters,
+        ReduceTokens,
         Quantize,
         EarlyExit,
     )

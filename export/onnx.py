@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from cveff.errors import EngineError, ExportError
-from cveff.export import matmul_nbits, task_outputs, torchlib
+from cveff.export import choices, matmul_nbits, task_outputs, torchlib
 from cveff.export.bfloat16 import has_bfloat16, in_float32
 from cveff.export.layer_check import compare_layers
 from cveff.export.metadata import write_metadata
@@ -85,6 +85,8 @@ def export_answer(
     """`export` for what `shipped` returns in place of the model's own answer; arguments and errors as there."""
     path, opset = Path(path), OPSET if opset is None else opset
     _refuse_too_large(model)
+    if check:
+        shipped = choices.shown(shipped, model.spec.input)
     network = deployable(shipped.network, model.spec.input)
     if torch.bfloat16 in _types(network):
         opset = max(opset, BFLOAT16_OPSET)
@@ -144,7 +146,7 @@ def _without_proofs(
     """The file without the outputs that were only there to be compared, its answers checked against them."""
     task_outputs.drop_proofs(proto, shipped)
     serialized: bytes = proto.SerializeToString(deterministic=True)
-    if check:
+    if check and not shipped.has_choices:
         images = example_images(3, model)
         with _opened(complete, model) as session:
             proofs = session.outputs(images)
@@ -212,7 +214,8 @@ def session_difference(
     shipped = shipped or task_outputs.answer(model)
     for batch in (1, 3):
         images = example_images(batch, model)
-        with torch.inference_mode():
+        found = session.outputs(images)
+        with torch.inference_mode(), choices.as_in(found, network):
             values = network(torch.from_numpy(images))
         values = values if isinstance(values, tuple) else (values,)
         names = (*shipped.names, *shipped.proofs)
@@ -220,7 +223,6 @@ def session_difference(
         for key in shipped.compared:
             if not np.isfinite(expected[key]).all():
                 raise ExportError(f"{name}: PyTorch's {key} are not finite (nan or inf); check its weights")
-        found = session.outputs(images)
         worst = max(worst, task_outputs.worst_difference(found, expected, shipped.compared, name))
     return worst
 

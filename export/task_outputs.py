@@ -39,17 +39,19 @@ class Answer:
         names: the file's outputs.
         proofs: outputs that are compared with PyTorch and then taken out: what the others were made from.
         tolerance: relative difference from PyTorch that is allowed at least.
+        has_choices: the proofs are choices of the network's, which PyTorch is shown before `names` are compared.
     """
 
     network: nn.Module
     names: tuple[str, ...]
     proofs: tuple[str, ...] = ()
     tolerance: float = 0.0
+    has_choices: bool = False
 
     @property
     def compared(self) -> tuple[str, ...]:
         """Outputs that PyTorch has, too, up to rounding; a mask or a detection may go either way."""
-        return self.proofs or self.names
+        return self.names if self.has_choices else self.proofs or self.names
 
 
 def answer(model: Model, nms: Nms | None = None, output: Output | None = None) -> Answer:

@@ -50,6 +50,7 @@ SCRIPTS = (
     "gather_mlp",
     "decode_attention",
     "contextual_sparsity",
+    "token_reduction",
 )
 HELPERS = (
     "architectures",
@@ -71,6 +72,7 @@ HELPERS = (
     "quantize_networks",
     "quantize_summary",
     "quantize_tools",
+    "token_rivals",
     "torch_pruning_peer",
     "trained",
     "weight_only_vit",

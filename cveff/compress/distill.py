@@ -162,6 +162,11 @@ class Imitation(CrossEntropy):
             path = None if run.folder is None else run.folder / CACHE_FILE
             self._cache = LogitsCache(path, self._cache_identity(student, run), self._teacher.num_classes)
 
+    @property
+    def teacher(self) -> nn.Module:
+        """The network that is imitated."""
+        return self._teacher.module
+
     def loss(self, module: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
         """`(1 - alpha) · cross-entropy + alpha · imitation`, summed over the images."""
         if self._matching is not None:
