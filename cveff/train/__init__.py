@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from cveff.train.growth import Growth
 from cveff.train.train import Train
 
-__all__ = ["Train"]
+__all__ = ["Growth", "Train"]

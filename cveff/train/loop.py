@@ -4,6 +4,7 @@ ends with the weights it would have had."""
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -14,11 +15,13 @@ from torch import nn
 
 from cveff.data.dataset import Split
 from cveff.errors import CheckpointError, StepError
-from cveff.model import Model, save_weights
+from cveff.model import Model, build, save_weights
 from cveff.steps import Run
 from cveff.train.ema import MovingAverage
 from cveff.train.evaluate import evaluate
 from cveff.train.finite import require_finite
+from cveff.train.growth.carry import carry_optimizer
+from cveff.train.growth.growing import Growing
 from cveff.train.objective import Constraint, CrossEntropy, Objective
 from cveff.train.optimizers import build_optimizer
 from cveff.train.precision import choose_precision
@@ -80,8 +83,26 @@ class _Trainer:
         exact = any(getattr(edit, "needs_float32", False) for edit in model.spec.edits)
         wanted = "fp32" if exact and settings.precision == "auto" else settings.precision
         self.precision = choose_precision(wanted, run.device)
-        self.module: nn.Module = model.module.to(run.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.extra = objective.extra.to(run.device).train() if objective.extra is not None else nn.Module()
+        self.scaler = torch.amp.GradScaler(run.device.type, enabled=self.precision == torch.float16)
+        self.batches_per_epoch = train_split.num_training_batches(settings.batch_size)
+        self.total_steps = settings.epochs * self.batches_per_epoch
+        self.given = model.spec
+        self.growth = Growing(model, settings.grow, self.total_steps, run.seed)
+        if settings.grow and objective.extra is not None:
+            raise StepError("train.grow changes layers that this objective is fitted to; train without it")
+        self._take(self.growth.start)
+        self.step = 0
+        self.best_accuracy, self.best_epoch = -1.0, -1
+        self.best_weights: dict[str, torch.Tensor] = {}
+        self.finished = False
+        self.last_saved = time.monotonic()
+
+    def _take(self, model: Model) -> None:
+        """Train `model` from here on, with an optimizer and a moving average of its own."""
+        settings = self.settings
+        self.model = model
+        self.module: nn.Module = model.module.to(self.run.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.optimizer = build_optimizer(
             self.module,
             settings.optimizer,
@@ -91,14 +112,27 @@ class _Trainer:
             self.extra,
         )
         self.average = MovingAverage(self.module, settings.ema) if settings.ema else None
-        self.scaler = torch.amp.GradScaler(run.device.type, enabled=self.precision == torch.float16)
-        self.batches_per_epoch = train_split.num_training_batches(settings.batch_size)
-        self.total_steps = settings.epochs * self.batches_per_epoch
-        self.step = 0
-        self.best_accuracy, self.best_epoch = -1.0, -1
-        self.best_weights: dict[str, torch.Tensor] = {}
-        self.finished = False
-        self.last_saved = time.monotonic()
+
+    def _grow(self) -> None:
+        """Put the next, larger network in this one's place."""
+        model, optimizer, average = self.model, self.optimizer, self.average
+        grown = self.growth.grow(model, self.step)
+        self._take(grown.model)
+        carry_optimizer(optimizer, self.optimizer, (model.module, self.module), grown.placement)
+        if average and self.average:
+            grown.carry(Model(model.spec, average.module), self.average.module)
+        self._mask()
+        self.module.train()
+        self.run.log.write(self.step, {"growth/difference": grown.difference})
+        self.run.progress.message(
+            f"grown before step {self.step} to {self.model.num_parameters:,} parameters; outputs differ by "
+            f"{grown.difference:.1g}"
+        )
+
+    def _mask(self) -> None:
+        self.growth.mask(self.module)
+        if self.average:
+            self.growth.mask(self.average.module)
 
     def train(self) -> Model:
         if self.run.resume:
@@ -118,22 +152,11 @@ class _Trainer:
         return self._kept()
 
     def _train_epoch(self, epoch: int, steps: Any) -> None:
-        settings, run = self.settings, self.run
-        first = self.step - epoch * self.batches_per_epoch
-        batches = self.train_split.training_batches(
-            self.model.spec.input,
-            settings.batch_size,
-            settings.augmentation,
-            num_classes=len(self.model.spec.labels),
-            seed=run.seed,
-            epoch=epoch,
-            start=first,
-            num_workers=settings.num_workers,
-        )
+        settings = self.settings
         self.module.train()
         losses: list[torch.Tensor] = []
         started, limit = time.monotonic(), settings.checkpoint_minutes * 60
-        for images, targets in batches:
+        for images, targets in self._batches(epoch):
             next(steps)
             losses.append(self._optimize(images, targets, epoch))
             if len(losses) % 50 == 1:  # seldom, as it waits for the device; first, to name what breaks first
@@ -149,12 +172,33 @@ class _Trainer:
             "train/images_per_second": len(losses) * settings.batch_size / (time.monotonic() - started),
         }
 
+    def _batches(self, epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """The rest of an epoch; begun anew where the network grows, as images may grow with it."""
+        settings = self.settings
+        while (first := self.step - epoch * self.batches_per_epoch) < self.batches_per_epoch:
+            if self.growth.is_due(self.step):
+                self._grow()
+            for batch in self.train_split.training_batches(
+                self.model.spec.input,
+                settings.batch_size,
+                settings.augmentation,
+                num_classes=len(self.model.spec.labels),
+                seed=self.run.seed,
+                epoch=epoch,
+                start=first,
+                num_workers=settings.num_workers,
+            ):
+                yield batch
+                if self.growth.is_due(self.step):
+                    break
+
     def _optimize(self, images: torch.Tensor, targets: torch.Tensor, epoch: int) -> torch.Tensor:
         """One optimizer step on one batch; the mean loss, still on the device."""
         settings = self.settings
         # Dropout and stochastic depth draw from torch's own generator: seeding it by step makes them resumable.
         torch.manual_seed(int(np.random.SeedSequence([self.run.seed, epoch, self.step]).generate_state(1)[0]))
         self.optimizer.set_factor(self._factor(self.step))
+        self.growth.before_step(self.step)
         self.optimizer.zero_grad()
         total = torch.zeros((), device=self.run.device)
         for part, answers in zip(
@@ -195,7 +239,7 @@ class _Trainer:
             module = self.average.module if self.average else self.module
             figures = evaluate(module, self.val_split, self.model.spec.input, self._autocast())
             self.epoch_figures |= {"val/accuracy": figures["accuracy"], "val/loss": figures["loss"]}
-            if figures["accuracy"] > self.best_accuracy:
+            if self.growth.is_complete(self.step) and figures["accuracy"] > self.best_accuracy:
                 self.best_accuracy, self.best_epoch = figures["accuracy"], epoch
                 self.best_weights = {
                     name: value.detach().cpu().clone() for name, value in module.state_dict().items()
@@ -207,6 +251,7 @@ class _Trainer:
                 f"val accuracy {100 * figures['accuracy']:.2f}%  best {100 * self.best_accuracy:.2f}%"
             )
         stop = bool(settings.patience) and epoch - self.best_epoch >= settings.patience
+        stop = stop and self.growth.is_complete(self.step)
         self.finished = stop or is_last
         self.run.log.write(self.step, {"epoch": epoch + 1, **self.epoch_figures})
         if self.run.folder:
@@ -261,6 +306,11 @@ class _Trainer:
                 f"{path} was written by a run with other settings ({changed}); resume with the same ones, "
                 "or train into another folder"
             )
+        spec = self.growth.spec_at(state["step"])
+        if spec != self.model.spec:
+            self._take(build(spec))
+        self.growth.resume(self.module, state["step"])
+        self._mask()
         self.module.load_state_dict(state["module"])
         if self.average:
             self.average.module.load_state_dict(state["average"])
@@ -285,7 +335,7 @@ class _Trainer:
             **({"objective": objective} if objective else {}),
             "train": settings,
             "precision": str(self.precision),
-            "model": self.model.spec.to_json(),
+            "model": self.given.to_json(),
             "images": len(self.train_split),
             "seed": self.run.seed,
         }

@@ -9,6 +9,7 @@ from cveff.data.augment import Augmentation
 from cveff.errors import TrainingError
 from cveff.model import Model
 from cveff.steps import Run
+from cveff.train.growth.event import Growth, check_schedule
 from cveff.train.loop import fit
 
 DEFAULT_LEARNING_RATE = {"sgd": 0.1, "adamw": 1e-3, "muon": 0.02}
@@ -41,6 +42,8 @@ class Train:
         validate_every: epochs between validations; the last epoch is always validated.
         num_workers: processes that decode images of a streamed set.
         checkpoint_minutes: also keep the state within an epoch, this often.
+        grow: begin with a small network and enlarge it on the way, without changing what it computes; see `Growth`.
+            Only weights of the last network are kept, whatever `keep` says of earlier ones.
         augmentation: what happens to training images.
 
     Raises:
@@ -65,6 +68,7 @@ class Train:
     validate_every: int = 1
     num_workers: int = 0
     checkpoint_minutes: float = 5.0
+    grow: tuple[Growth, ...] = ()
     augmentation: Augmentation = field(default_factory=Augmentation)
 
     kind: ClassVar[str] = "train"
@@ -95,6 +99,7 @@ class Train:
         self._check("validate_every", self.validate_every >= 1, "1 or more")
         self._check("num_workers", self.num_workers >= 0, "0 or more")
         self._check("checkpoint_minutes", self.checkpoint_minutes > 0, "a positive number")
+        check_schedule(self.grow)
         if self.batch_size % self.accumulation:
             raise TrainingError(
                 f"train.accumulation {self.accumulation} does not divide train.batch_size {self.batch_size}; "
