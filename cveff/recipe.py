@@ -25,6 +25,7 @@ from cveff.recipe_settings import DataSettings, DeploySettings, ModelSettings
 from cveff.schema import parse
 from cveff.steps import Step
 from cveff.train import Train
+from cveff.train.incubation import Incubate
 
 __all__ = [
     "RECIPES",
@@ -39,6 +40,7 @@ __all__ = [
     "read_recipe",
     "recipe_for",
     "recipe_names",
+    "with_assembly",
     "with_epochs",
     "with_overrides",
 ]
@@ -49,7 +51,7 @@ RECIPES = Path(__file__).parent / "model_zoo" / "recipes"
 
 def _step_kinds() -> dict[str, type]:
     """The recipe's union: every method a `[[steps]]` table can name by its `kind`."""
-    steps = (Reparameterize, FoldBatchNorm, Train, Prune, LowRank, Distill, Sparsify, Quantize)
+    steps = (Reparameterize, FoldBatchNorm, Train, Prune, LowRank, Distill, Sparsify, Quantize, Incubate)
     return {step.kind: step for step in steps}
 
 
@@ -81,7 +83,7 @@ class Recipe:
             raise RecipeError(f"seed: {self.seed!r} is negative; give 0 or more")
         if self.train is not None:
             self._check_training(self.train)
-        elif not self.model.has_weights:
+        elif not self.model.has_weights and not (self.steps and isinstance(self.steps[0], Incubate)):
             raise RecipeError(
                 "train: is missing, and without model.weights, model.pretrained or model.checkpoint the weights would "
                 "stay random; add a [train] table"
@@ -235,6 +237,18 @@ def with_epochs(train: Train, epochs: int) -> Train:
     return dataclasses.replace(train, epochs=epochs, warmup_epochs=max(warmup, 0.0))
 
 
+def with_assembly(recipe: Recipe, modules: int) -> Recipe:
+    """`recipe` with its training done as Deep Incubation of this many modules; see `Incubate.of`.
+
+    Raises:
+        RecipeError: it does not train.
+        StepError: `modules` is not positive.
+    """
+    if recipe.train is None:
+        raise RecipeError("train: is missing, so --assemble has nothing to divide; add a [train] table")
+    return dataclasses.replace(recipe, train=None, steps=(Incubate.of(recipe.train, modules), *recipe.steps))
+
+
 def find_recipe(name: str) -> Path | None:
     """The file of a recipe given by path or by its name in the zoo; None where there is none."""
     path = Path(name)
@@ -283,7 +297,7 @@ def parse_assignment(text: str) -> tuple[str, Any]:
 
 
 def _trains(step: Step) -> bool:
-    return isinstance(step, (Train, Distill)) or getattr(step, "recover", None) is not None
+    return isinstance(step, (Train, Distill, Incubate)) or getattr(step, "recover", None) is not None
 
 
 def _is_folding(step: Step) -> bool:

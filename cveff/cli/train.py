@@ -18,6 +18,7 @@ def register(app: typer.Typer) -> None:
         epilog=examples(
             "cveff train digits",
             "cveff train recipe.toml --set train.epochs=5 --out runs/short",
+            "cveff train fashion-mnist --model vit_tiny_patch16_224 --assemble 4",
             "cveff train photos/ --model mobilenetv4_conv_small --target edge-cpu --resume",
         )
     )(train)
@@ -43,6 +44,15 @@ def train(
     epochs: Annotated[
         int | None, typer.Option("--epochs", min=0, help="Train this long, with the warm-up in proportion.")
     ] = None,
+    assemble: Annotated[
+        int | None,
+        typer.Option(
+            "--assemble",
+            min=1,
+            metavar="K",
+            help="Train K modules apart, then put them together and tune them.",
+        ),
+    ] = None,
     target: Annotated[
         str | None, typer.Option("--target", help="Deploy to this target (`cveff targets`).")
     ] = None,
@@ -63,7 +73,7 @@ def train(
     """Train a model by a recipe, do the recipe's steps, and deploy it if the recipe says so."""
     with working(quiet) as progress:
         from cveff.pipeline import run
-        from cveff.recipe import parse_assignment, recipe_for
+        from cveff.recipe import parse_assignment, recipe_for, with_assembly
 
         overrides = {
             "model.architecture": model,
@@ -74,6 +84,7 @@ def train(
         overrides = {key: value for key, value in overrides.items() if value is not None}
         overrides |= dict(parse_assignment(text) for text in settings or ())
         recipe = recipe_for(recipe_or_data, overrides, epochs=epochs)
+        recipe = recipe if assemble is None else with_assembly(recipe, assemble)
         result = run(
             recipe,
             out=out or Path("runs") / Path(recipe_or_data).stem,
