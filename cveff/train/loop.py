@@ -22,6 +22,7 @@ from cveff.train.evaluate import evaluate
 from cveff.train.finite import require_finite
 from cveff.train.growth.carry import carry_optimizer
 from cveff.train.growth.growing import Growing
+from cveff.train.mup import initialize, parametrization, with_rates
 from cveff.train.objective import Constraint, CrossEntropy, Objective
 from cveff.train.optimizers import build_optimizer
 from cveff.train.precision import choose_precision
@@ -111,6 +112,10 @@ class _Trainer:
             settings.momentum,
             self.extra,
         )
+        if settings.mup_base_width is not None:
+            rule = parametrization(model, settings.mup_base_width, settings.optimizer, self.run.seed)  # type: ignore[arg-type]
+            initialize(self.module, rule)
+            self.optimizer = with_rates(self.optimizer, self.module, rule)
         self.average = MovingAverage(self.module, settings.ema) if settings.ema else None
 
     def _grow(self) -> None:

@@ -44,6 +44,9 @@ class Train:
         checkpoint_minutes: also keep the state within an epoch, this often.
         grow: begin with a small network and enlarge it on the way, without changing what it computes; see `Growth`.
             Only weights of the last network are kept, whatever `keep` says of earlier ones.
+        mup_base_width: the width at which the learning rate was found (a ViT's embed_dim, or channels of each stage);
+            initial weights and rates are then µP's, under which it suits every width. It scales the weights it is
+            given, so it is for training from scratch.
         augmentation: what happens to training images.
 
     Raises:
@@ -69,6 +72,7 @@ class Train:
     num_workers: int = 0
     checkpoint_minutes: float = 5.0
     grow: tuple[Growth, ...] = ()
+    mup_base_width: int | tuple[int, ...] | None = None
     augmentation: Augmentation = field(default_factory=Augmentation)
 
     kind: ClassVar[str] = "train"
@@ -100,6 +104,9 @@ class Train:
         self._check("num_workers", self.num_workers >= 0, "0 or more")
         self._check("checkpoint_minutes", self.checkpoint_minutes > 0, "a positive number")
         check_schedule(self.grow)
+        if self.mup_base_width is not None and (self.grow or self.optimizer == "muon"):
+            other = "train.grow" if self.grow else "muon, whose steps do not depend on the width"
+            raise TrainingError(f"train.mup_base_width cannot be combined with {other}; leave one out")
         if self.batch_size % self.accumulation:
             raise TrainingError(
                 f"train.accumulation {self.accumulation} does not divide train.batch_size {self.batch_size}; "

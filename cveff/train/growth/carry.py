@@ -69,7 +69,7 @@ def _state_by_name(
     optimizers: ScheduledOptimizers, module: nn.Module
 ) -> dict[str, tuple[Mapping[str, Any], nn.Parameter, bool]]:
     """Name -> state, parameter, and whether the state is that of the parameter as a matrix."""
-    found = {}
+    found: dict[str, tuple[Mapping[str, Any], nn.Parameter, bool]] = {}
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     for optimizer in optimizers.optimizers:
         if isinstance(optimizer, MatrixMuon):

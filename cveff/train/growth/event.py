@@ -104,7 +104,7 @@ def steps_of(events: Sequence[Growth], total_steps: int) -> list[int]:
 
 
 def _is_smaller(value: float | tuple[int, ...], before: float | tuple[int, ...]) -> bool:
-    now, then = (item if isinstance(item, tuple) else (item,) for item in (value, before))
+    now, then = ([*item] if isinstance(item, tuple) else [item] for item in (value, before))
     if len(now) != len(then):  # one image side for two
         now, then = (item * 2 if len(item) == 1 else item for item in (now, then))
     return any(new < old for new, old in zip(now, then, strict=False))

@@ -6,6 +6,7 @@ import copy
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -199,9 +200,9 @@ def _at_size(model: Model, spec: ModelSpec) -> nn.Module:
         return module  # convolutions take any size
     if not hasattr(module, "set_input_size"):
         raise StepError(f"{spec.architecture} is built for one image size; leave image_size out")
-    training, module = module.training, copy.deepcopy(module)
-    module.set_input_size(img_size=after)
-    return module.train(training)
+    resized: Any = copy.deepcopy(module)
+    resized.set_input_size(img_size=after)
+    return cast(nn.Module, resized)
 
 
 def _final(spec: ModelSpec, model: Model) -> ModelSpec:

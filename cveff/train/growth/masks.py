@@ -89,9 +89,7 @@ class Masks:
                 )
             self._norms[path] = _is_old(positions, size)
 
-    def _plan_weight(
-        self, path: str, old: nn.Module, new: nn.Linear | nn.Conv2d, placement: Placement
-    ) -> None:
+    def _plan_weight(self, path: str, old: Any, new: Any, placement: Placement) -> None:
         name = f"{path}.weight"
         if old.weight.shape[2:] != new.weight.shape[2:]:
             raise StepError(
@@ -106,10 +104,9 @@ class Masks:
             )
         self._inputs[path] = _is_old(positions, new.weight.shape[1])
 
-    def _plan_queries(self, path: str, old: nn.Module, new: nn.Module) -> None:
+    def _plan_queries(self, path: str, old: Any, new: Any) -> None:
         """Larger heads: new dimensions of queries are let in, and scores divided by the root of those that are in."""
-        heads: int = new.num_heads  # type: ignore[assignment]
-        before, after = int(old.head_dim), int(new.head_dim)  # type: ignore[arg-type]
+        heads, before, after = int(new.num_heads), int(old.head_dim), int(new.head_dim)
         mine = torch.arange(after) < before
         everywhere = torch.ones(heads * after, dtype=torch.bool)
         if not isinstance(getattr(new, "q_norm", nn.Identity()), nn.Identity):
@@ -205,7 +202,7 @@ def _norm_size(part: nn.Module) -> int | None:
 
 def _is_channels_first(part: nn.Module, x: Tensor) -> bool:
     if type(part).__name__ == "GlobalResponseNorm":
-        return part.channel_dim == 1
+        return bool(part.channel_dim == 1)
     return isinstance(part, nn.GroupNorm) or (x.ndim == 4 and "2d" in type(part).__name__)
 
 

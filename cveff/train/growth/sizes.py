@@ -81,7 +81,7 @@ def _with_heads(spec: ModelSpec, last: ModelSpec, model: Model) -> ModelSpec:
 
 def _shape(arguments: Mapping[str, Any], model: Model) -> tuple[int, int]:
     """Width and number of heads, of the arguments where they say it, else of the module."""
-    attention = next(part for part in model.module.modules() if is_attention(part))
+    attention: Any = next(part for part in model.module.modules() if is_attention(part))
     width = arguments.get("embed_dim", attention.qkv.in_features)
     heads = arguments.get("num_heads", attention.num_heads)
     if not isinstance(width, int) or not isinstance(heads, int):

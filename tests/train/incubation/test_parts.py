@@ -77,7 +77,7 @@ def test_the_meta_model_and_each_module_in_it_run(network: Callable[[str], Model
 @pytest.mark.parametrize(
     ("architecture", "arguments"),
     [
-        ("test_efficientnet", {"image_size": 64}),
+        ("mobilenetv2_035", {"image_size": 32}),
         ("regnety_002", {"image_size": 64}),
         ("swin_tiny_patch4_window7_224", {"image_size": 56, "embed_dim": 24, "depths": [1, 1, 2, 1]}),
     ],
