@@ -14,6 +14,7 @@ from torch import nn
 
 from cveff.errors import StepError, TrainingError
 from cveff.model import Model, ModelSpec, build
+from cveff.train.flops import training_flops
 from cveff.train.growth.carry import carry_weights
 from cveff.train.growth.event import Growth, check_schedule, steps_of
 from cveff.train.growth.masks import Masks
@@ -65,7 +66,7 @@ class Growing:
     def __init__(self, model: Model, events: Sequence[Growth], total_steps: int, seed: int) -> None:
         check_schedule(events)
         self._seed, self._steps = seed, steps_of(events, total_steps)
-        self._events = list(events)
+        self._events, self._total_steps = list(events), total_steps
         self._masks: Masks | None = None
         self.start = model
         if not events:
@@ -94,6 +95,15 @@ class Growing:
     def is_complete(self, step: int) -> bool:
         """Whether after `step` steps the network is the last one, without masks."""
         return not self._events or step >= self._steps[-1] + self._events[-1].mask_steps
+
+    def flops(self, images_per_step: int) -> float:
+        """Floating-point operations of the whole run, as `training_flops` counts them; those of masks are left out."""
+        ends = [*self._steps, self._total_steps]
+        begins = [0, *self._steps]
+        return sum(
+            (end - begin) * images_per_step * training_flops(self._build(index).module, spec.input)
+            for index, (begin, end, spec) in enumerate(zip(begins, ends, self._specs, strict=True))
+        )
 
     def grow(self, model: Model, step: int) -> Grown:
         """The larger network that takes `model`'s place before `step`, checked to compute the same.
