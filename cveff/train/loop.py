@@ -251,9 +251,10 @@ class _Trainer:
                 }
                 if self.run.folder:
                     self._save_model(self.best_weights, "best")
+            best = f"  best {100 * self.best_accuracy:.2f}%" if self.best_epoch >= 0 else ""
             self.run.progress.message(
                 f"epoch {epoch + 1}/{settings.epochs}  loss {self.epoch_figures['train/loss']:.4f}  "
-                f"val accuracy {100 * figures['accuracy']:.2f}%  best {100 * self.best_accuracy:.2f}%"
+                f"val accuracy {100 * figures['accuracy']:.2f}%{best}"
             )
         stop = bool(settings.patience) and epoch - self.best_epoch >= settings.patience
         stop = stop and self.growth.is_complete(self.step)

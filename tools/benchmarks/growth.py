@@ -40,7 +40,7 @@ def main() -> None:
         "--epochs", type=int, default=24, help="from scratch; the grown run gets operations' worth"
     )
     parser.add_argument("--short", type=int, default=4, help="epochs of the runs over widths and rates")
-    parser.add_argument("--images", type=int, default=20_000, help="training images of those runs")
+    parser.add_argument("--images", type=int, default=12_000, help="training images")
     parser.add_argument("--quick", action="store_true", help="500 images, two epochs, one seed, two rates")
     parser.add_argument("--fresh", action="store_true", help="measure again what is in the JSON file")
     parser.add_argument("--out", type=Path, help="JSON file; by default model_zoo/results/growth.json")
@@ -62,7 +62,8 @@ def main() -> None:
     for seed in seeds:
         for name in ("from scratch", "grown"):
             measured(
-                f"{name}, seed {seed}", lambda name=name, seed=seed: growth_cell(name, seed, epochs, quick)
+                f"{name}, seed {seed}",
+                lambda name=name, seed=seed: growth_cell(name, seed, epochs, arguments),
             )
     for rule in ("µP", "standard"):
         for width in (BASE, LARGE):
@@ -81,9 +82,9 @@ def main() -> None:
     report(cells, seeds, rates, results.values["summary"])
 
 
-def growth_cell(name: str, seed: int, epochs: int, quick: bool) -> dict[str, Any]:
+def growth_cell(name: str, seed: int, epochs: int, arguments: Any) -> dict[str, Any]:
     """A 12-block ViT, trained whole or grown, within `FLOPS_BAR` of the operations."""
-    data = small_vits.images(quick, seed=seed)
+    data = small_vits.images(arguments.quick, arguments.images, seed)
     model = small_vits.vit(data, seed)
     assert data.train is not None
     one = training_flops(model.module, model.spec.input)
@@ -101,7 +102,9 @@ def growth_cell(name: str, seed: int, epochs: int, quick: bool) -> dict[str, Any
             (count for count in range(1, 2 * epochs) if cost(count) <= FLOPS_BAR * flops), default=1
         )
         train, flops = small_vits.training(allowed, grow=grow), cost(allowed)
-    folder = small_vits.RUNS / f"growth{'-quick' if quick else ''}" / f"{name.replace(' ', '-')}-{seed}"
+    folder = (
+        small_vits.RUNS / f"growth{'-quick' if arguments.quick else ''}" / f"{name.replace(' ', '-')}-{seed}"
+    )
     made = small_vits.trained(model, train, data, seed, folder)
     return {
         "accuracy": small_vits.accuracy(made, data),

@@ -33,13 +33,19 @@ def main() -> None:
     parser.add_argument("--meta", type=int, default=8, help="epochs of the meta model")
     parser.add_argument("--incubate", type=int, default=15, help="epochs of each module")
     parser.add_argument("--tune", type=int, default=4, help="epochs of the assembled network")
+    parser.add_argument("--images", type=int, default=12_000, help="training images")
     parser.add_argument("--quick", action="store_true", help="one epoch each, 500 images, one seed")
     parser.add_argument("--fresh", action="store_true", help="measure again what is in the JSON file")
     parser.add_argument("--out", type=Path, help="JSON file; by default model_zoo/results/incubation.json")
     arguments = parser.parse_args()
     epochs = (1, 1, 1) if arguments.quick else (arguments.meta, arguments.incubate, arguments.tune)
     seeds = arguments.seeds[:1] if arguments.quick else arguments.seeds
-    settings = {"epochs": epochs, "modules": MODULES, "threads": torch.get_num_threads()}
+    settings = {
+        "epochs": epochs,
+        "modules": MODULES,
+        "images": arguments.images,
+        "threads": torch.get_num_threads(),
+    }
     out = arguments.out or common.output("incubation.json", arguments.quick)
     results = common.Results(out, __file__, settings, fresh=arguments.fresh)
     cells = results.values.setdefault("cells", {})
@@ -48,7 +54,7 @@ def main() -> None:
             key = f"{name}, seed {seed}"
             if key not in cells:
                 given = cells.get(f"incubated, seed {seed}", {}).get("flops", 0.0)
-                cells[key] = cell(name, seed, epochs, given, arguments.quick)
+                cells[key] = cell(name, seed, epochs, given, arguments)
                 results.save()
     results.values["summary"] = summary(cells, seeds)
     results.save()
@@ -64,15 +70,19 @@ def main() -> None:
         common.console.print(line)
 
 
-def cell(name: str, seed: int, epochs: tuple[int, int, int], flops: float, quick: bool) -> dict[str, Any]:
+def cell(name: str, seed: int, epochs: tuple[int, int, int], flops: float, arguments: Any) -> dict[str, Any]:
     """One training, with its accuracy and cost.
 
     Args:
         flops: what end-to-end training may spend; it gets the next whole epoch.
     """
-    data = small_vits.images(quick, seed=seed)
+    data = small_vits.images(arguments.quick, arguments.images, seed)
     model = small_vits.vit(data, seed)
-    folder = small_vits.RUNS / f"incubation{'-quick' if quick else ''}" / f"{name.replace(' ', '-')}-{seed}"
+    folder = (
+        small_vits.RUNS
+        / f"incubation{'-quick' if arguments.quick else ''}"
+        / f"{name.replace(' ', '-')}-{seed}"
+    )
     if name == "incubated":
         meta, incubate, tune = epochs
         step = Incubate(
