@@ -26,16 +26,15 @@ __all__ = [
     "target_names",
 ]
 
-_PROVIDER = ("fp32", "int8")
 PRECISIONS: Mapping[str, tuple[str, ...]] = {
     "onnxruntime": ("fp32", "int8", "int8-mixed"),
     "openvino": ("fp32", "bf16", "int8", "int8-asymmetric", "int8-bf16"),
     "tensorrt": ("fp32", "fp16", "bf16", "int8", "fp8"),
     "aot-inductor": ("fp32", "bf16"),
-    "onnxruntime-cuda": _PROVIDER,
-    "onnxruntime-tensorrt": _PROVIDER,
-    "onnxruntime-coreml": _PROVIDER,
-    "onnxruntime-qnn": _PROVIDER,
+    "onnxruntime-cuda": ("fp32", "fp16", "int8"),
+    "onnxruntime-tensorrt": ("fp32", "fp16", "int8"),
+    "onnxruntime-coreml": ("fp32", "int8"),
+    "onnxruntime-qnn": ("fp32", "int8"),
 }
 """Engines a target may name, and the precisions each has."""
 

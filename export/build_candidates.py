@@ -99,7 +99,7 @@ def _build(
     if engine not in available_engines():
         raise MissingDependencyError(f"{engine} is not installed; pip install {_requirement(engine)}")
     if engine.startswith("onnxruntime"):
-        return _build_onnx(precision, source, int8, target), {}
+        return _build_onnx(engine, precision, source, int8, target), _types_allowed(engine, precision)
     if engine == "tensorrt":
         from cveff.export.tensorrt_candidate import build_candidate
 
@@ -155,11 +155,19 @@ def _prepared(
         return candidate, None
 
 
-def _build_onnx(precision: str, source: Path, int8: Int8, target: Target) -> Path:
+def _build_onnx(engine: str, precision: str, source: Path, int8: Int8, target: Target) -> Path:
     _check_given(int8, precision)
     if precision == "fp32" or int8.is_given:
         return source
+    if precision == "fp16" or engine == "onnxruntime-tensorrt":
+        return int8.tensorrt(precision)
     return int8.mixed(target) if precision == "int8-mixed" else int8.onnx()
+
+
+def _types_allowed(engine: str, precision: str) -> dict[str, Any]:
+    """Releases of TensorRT before 11 compute in a file's 16- and 8-bit types only where that is switched on."""
+    allowed = {"fp16": ("fp16",), "int8": ("fp16", "int8")}.get(precision, ())
+    return {f"trt_{kind}_enable": True for kind in allowed} if engine == "onnxruntime-tensorrt" else {}
 
 
 def _plan_bytes(engine: str, path: Path) -> int:

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from cveff.errors import EngineError, ExportError
-from cveff.export import matmul_nbits, task_outputs
+from cveff.export import matmul_nbits, task_outputs, torchlib
 from cveff.export.bfloat16 import has_bfloat16, in_float32
 from cveff.export.layer_check import compare_layers
 from cveff.export.metadata import write_metadata
@@ -233,7 +233,7 @@ def _trace(network: nn.Module, model: Model, opset: int, output_names: Sequence[
     example = torch.from_numpy(example_images(2, model))
     dynamic = ({0: torch.export.Dim("batch", min=1)},)
     try:
-        with quiet_exporter(), torch.inference_mode(False), torch.no_grad():
+        with torchlib.read_once(), quiet_exporter(), torch.inference_mode(False), torch.no_grad():
             traced = torch.export.export(network, (example,), dynamic_shapes=dynamic, strict=False)
             _pool_by_mean(traced)
             program = torch.onnx.export(
