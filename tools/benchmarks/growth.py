@@ -41,7 +41,7 @@ def main() -> None:
     )
     parser.add_argument("--short", type=int, default=4, help="epochs of the runs over widths and rates")
     parser.add_argument("--images", type=int, default=12_000, help="training images")
-    parser.add_argument("--quick", action="store_true", help="500 images, two epochs, one seed, two rates")
+    parser.add_argument("--quick", action="store_true", help="500 images, four epochs, one seed, two rates")
     parser.add_argument("--fresh", action="store_true", help="measure again what is in the JSON file")
     parser.add_argument("--out", type=Path, help="JSON file; by default model_zoo/results/growth.json")
     arguments = parser.parse_args()
