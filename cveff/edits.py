@@ -18,6 +18,7 @@ _HOME = {
     "reparameterize": "cveff.backbones.reparameterize:Reparameterize",
     "fold_batch_norm": "cveff.backbones.fold:FoldedBatchNorm",
     "low_rank": "cveff.compress.low_rank_edit:LowRankEdit",
+    "attention_heads": "cveff.train.growth.heads:AttentionHeads",
     "drop_blocks": "cveff.compress.drop_blocks:DropBlocks",
     "prune_channels": "cveff.compress.prune_channels:PruneChannels",
     "half": "cveff.compress.quant.half:HalfGraph",

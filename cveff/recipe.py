@@ -26,6 +26,7 @@ from cveff.recipe_settings import DataSettings, DeploySettings, ModelSettings
 from cveff.schema import parse
 from cveff.steps import Step
 from cveff.train import MergeAdapters, Train, Tune
+from cveff.train.incubation import Incubate
 
 __all__ = [
     "RECIPES",
@@ -40,6 +41,7 @@ __all__ = [
     "read_recipe",
     "recipe_for",
     "recipe_names",
+    "with_assembly",
     "with_budget",
     "with_epochs",
     "with_overrides",
@@ -64,6 +66,7 @@ def _step_kinds() -> dict[str, type]:
         ReduceTokens,
         Quantize,
         EarlyExit,
+        Incubate,
     )
     return {step.kind: step for step in steps}
 
@@ -96,7 +99,7 @@ class Recipe:
             raise RecipeError(f"seed: {self.seed!r} is negative; give 0 or more")
         if self.train is not None:
             self._check_training(self.train)
-        elif not self.model.has_weights:
+        elif not self.model.has_weights and not (self.steps and isinstance(self.steps[0], Incubate)):
             raise RecipeError(
                 "train: is missing, and without model.weights, model.pretrained or model.checkpoint the weights would "
                 "stay random; add a [train] table"
@@ -276,6 +279,20 @@ def with_budget(train: Train, budget: str) -> Train:
     return dataclasses.replace(train, budget=budget, epochs=max(1, train.epochs), patience=0)
 
 
+def with_assembly(recipe: Recipe, modules: int) -> Recipe:
+    """`recipe` with its training done as Deep Incubation of this many modules; see `Incubate.of`.
+
+    Raises:
+        RecipeError: it does not train.
+        StepError: `modules` is not positive.
+    """
+    if recipe.train is None:
+        raise RecipeError("train: is missing, so --assemble has nothing to divide; add a [train] table")
+    if recipe.train.budget is not None:
+        raise RecipeError("train.budget: is for one training, and --assemble makes several; give epochs")
+    return dataclasses.replace(recipe, train=None, steps=(Incubate.of(recipe.train, modules), *recipe.steps))
+
+
 def find_recipe(name: str) -> Path | None:
     """The file of a recipe given by path or by its name in the zoo; None where there is none."""
     path = Path(name)
@@ -326,7 +343,7 @@ def parse_assignment(text: str) -> tuple[str, Any]:
 def _trains(step: Step) -> bool:
     if isinstance(step, EarlyExit):
         return step.train is not None
-    return isinstance(step, (Train, Distill, Tune)) or getattr(step, "recover", None) is not None
+    return isinstance(step, (Train, Distill, Tune, Incubate)) or getattr(step, "recover", None) is not None
 
 
 def _is_folding(step: Step) -> bool:

@@ -89,10 +89,23 @@ def nested(settings: type) -> dict[str, type]:
     found = {}
     hints = typing.get_type_hints(settings)
     for item in dataclasses.fields(settings):
+        if typing.get_origin(hints[item.name]) is tuple:
+            continue
         for hint in (hints[item.name], *typing.get_args(hints[item.name])):
             if dataclasses.is_dataclass(hint):
                 found[item.name] = typing.cast(type, hint)
     return found
+
+
+def listed(settings: type) -> dict[str, type]:
+    """Fields of a dataclass that are tuples of one dataclass: arrays of tables without a `kind`."""
+    hints = typing.get_type_hints(settings)
+    return {
+        item.name: typing.cast(type, typing.get_args(hints[item.name])[0])
+        for item in dataclasses.fields(settings)
+        if typing.get_origin(hints[item.name]) is tuple
+        and dataclasses.is_dataclass(typing.get_args(hints[item.name])[0])
+    }
 
 
 def kinds_of(item: dataclasses.Field[Any]) -> Kinds:
@@ -129,6 +142,8 @@ def _with_sections(hint: Any) -> Any:
     if typing.get_origin(hint) in (Union, types.UnionType):
         members = [_with_sections(member) for member in typing.get_args(hint)]
         return Union[tuple(members)]  # noqa: UP007  (built at run time)
+    if typing.get_origin(hint) is tuple and dataclasses.is_dataclass(typing.get_args(hint)[0]):
+        return tuple[_section(typing.get_args(hint)[0]), ...]  # type: ignore[misc]
     return hint
 
 
@@ -140,7 +155,7 @@ def _union(kinds: Kinds, hint: Any) -> Any:
 
 def _build(settings: type, checked: BaseModel, source: str, path: tuple[str, ...]) -> Any:
     """The dataclass itself, inner ones first; its own refusals get the table's path."""
-    inner = nested(settings)
+    inner, arrays = nested(settings), listed(settings)
     given: dict[str, Any] = {}
     for item in dataclasses.fields(settings):
         if item.name not in checked.model_fields_set or getattr(checked, item.name) is None:
@@ -150,6 +165,11 @@ def _build(settings: type, checked: BaseModel, source: str, path: tuple[str, ...
             value = tuple(
                 _build(kinds[step.kind], step, source, (*path, f"{item.name}[{index}]"))
                 for index, step in enumerate(value)
+            )
+        elif item.name in arrays:
+            value = tuple(
+                _build(arrays[item.name], row, source, (*path, f"{item.name}[{index}]"))
+                for index, row in enumerate(value)
             )
         elif kinds:
             value = _build(kinds[value.kind], value, source, (*path, item.name))
@@ -272,9 +292,10 @@ def _keys(settings: type, path: tuple[str | int, ...], details: list[ErrorDetail
             chosen = [str(name) for name in details[0]["loc"] if name in kinds] or list(kinds)
             here = kinds[chosen[0]]
             return ["kind", *(field.name for field in dataclasses.fields(here))]
-        if part not in nested(here):
+        tables = nested(here) | listed(here)
+        if part not in tables:
             return []
-        here = nested(here)[str(path[position])]
+        here = tables[str(path[position])]
     return [item.name for item in dataclasses.fields(here) if item.init]
 
 

@@ -51,6 +51,8 @@ SCRIPTS = (
     "decode_attention",
     "contextual_sparsity",
     "token_reduction",
+    "incubation",
+    "growth",
 )
 HELPERS = (
     "architectures",
@@ -73,6 +75,7 @@ HELPERS = (
     "quantize_summary",
     "quantize_tools",
     "token_rivals",
+    "small_vits",
     "torch_pruning_peer",
     "trained",
     "weight_only_vit",
@@ -482,3 +485,49 @@ def test_the_predictor_passes_only_before_hot_and_random_neurons(benchmark_modul
     for change in ({"recall": 0.6}, {"perplexity": 25.0}):
         worse = rows | {"predictor 0.5": {**rows["predictor 0.5"], **change}}
         assert subject.summary(worse)["0.5"]["passes"] is False
+
+
+def test_incubation_passes_only_with_every_bar(benchmark_module) -> None:
+    subject = benchmark_module("incubation")
+    base = {
+        "accuracy": 0.9,
+        "flops": 1e15,
+        "seconds": 100.0,
+        "critical_path_seconds": 100.0,
+        "resumed": False,
+    }
+    ours = {**base, "critical_path_seconds": 45.0, "frozen": True}
+
+    def judged(**changes: object) -> dict:
+        return subject.summary({"incubated, seed 0": {**ours, **changes}, "end to end, seed 0": base}, [0])
+
+    assert judged()["passes"] and judged()["critical_path_ratio"] == pytest.approx(0.45)
+    for change in ({"accuracy": 0.89}, {"flops": 1.1e15}, {"critical_path_seconds": 51.0}, {"frozen": False}):
+        assert judged(**change)["passes"] is False
+    assert "resumed" in subject.missed(judged(resumed=True))[0]
+
+
+def test_growth_passes_only_with_every_bar(benchmark_module) -> None:
+    subject = benchmark_module("growth")
+    rates = (1e-3, 2e-3)
+    cells = {
+        f"{rule}, width {width}, rate {rate:g}": {
+            "loss": 1e7 / width / 1e6 + (rate != best),
+            "flops": 1e12 * width,
+        }
+        for rule, best in (("µP", 1e-3), ("standard", 2e-3))
+        for width in (*subject.SMALL, subject.LARGE)
+        for rate in rates
+    }
+    cells["from scratch, seed 0"] = {"accuracy": 0.9, "flops": 1e15}
+    grown = {"accuracy": 0.9, "flops": 0.7e15, "masks_left": 0, "same_spec": True}
+
+    def judged(**changes: object) -> dict:
+        return subject.summary({**cells, "grown, seed 0": {**grown, **changes}}, [0], rates)
+
+    assert judged()["passes"] and judged()["transfers"]
+    assert judged()["foretold_error"] == pytest.approx(0, abs=1e-3)
+    for change in ({"accuracy": 0.89}, {"flops": 0.78e15}, {"masks_left": 1}, {"same_spec": False}):
+        assert judged(**change)["passes"] is False
+    cells[f"µP, width {subject.LARGE}, rate 0.002"]["loss"] = 0.0
+    assert judged()["passes"] is False

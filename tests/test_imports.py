@@ -25,6 +25,7 @@ LEVELS: list[list[str]] = [
     ["cveff.train"],
     ["cveff.compress"],
     ["cveff.dynamic"],
+    ["cveff.train.incubation"],
     ["cveff.export"],
     ["cveff.apply"],
     ["cveff.model_zoo"],

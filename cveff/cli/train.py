@@ -21,6 +21,7 @@ def register(app: typer.Typer) -> None:
             "cveff train digits",
             "cveff train fashion-mnist --budget 10m",
             "cveff train recipe.toml --set train.epochs=5 --out runs/short",
+            "cveff train fashion-mnist --model vit_tiny_patch16_224 --assemble 4",
             "cveff train photos/ --model mobilenetv4_conv_small --target edge-cpu --resume",
         )
     )(train)
@@ -54,6 +55,15 @@ def train(
             help="Train as long as fits, by the clock: 90s, 10m, 1h30m, from this command's start to the scored model.",
         ),
     ] = None,
+    assemble: Annotated[
+        int | None,
+        typer.Option(
+            "--assemble",
+            min=1,
+            metavar="K",
+            help="Train K modules apart, then put them together and tune them.",
+        ),
+    ] = None,
     target: Annotated[
         str | None, typer.Option("--target", help="Deploy to this target (`cveff targets`).")
     ] = None,
@@ -75,7 +85,7 @@ def train(
     started = time.monotonic()
     with working(quiet) as progress:
         from cveff.pipeline import run
-        from cveff.recipe import parse_assignment, recipe_for
+        from cveff.recipe import parse_assignment, recipe_for, with_assembly
 
         overrides = {
             "model.architecture": model,
@@ -86,6 +96,7 @@ def train(
         overrides = {key: value for key, value in overrides.items() if value is not None}
         overrides |= dict(parse_assignment(text) for text in settings or ())
         recipe = recipe_for(recipe_or_data, overrides, epochs=epochs, budget=budget)
+        recipe = recipe if assemble is None else with_assembly(recipe, assemble)
         result = run(
             recipe,
             out=out or Path("runs") / Path(recipe_or_data).stem,

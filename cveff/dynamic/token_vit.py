@@ -77,7 +77,7 @@ def attention_half(
 ) -> tuple[Tensor, Attended]:
     """What `block` does to `x` (B, N, C) up to its MLP, and what attention saw."""
     is_post_norm = isinstance(block, (ResPostBlock, EvaBlockPostNorm))
-    attended = attend(block.attn, x if is_post_norm else _call(block.norm1, x), bias, rope)
+    attended = attend(cast(nn.Module, block.attn), x if is_post_norm else _call(block.norm1, x), bias, rope)
     y = attended.output
     if is_post_norm:
         y = _call(block.norm1, y)
@@ -141,7 +141,8 @@ def _project(attn: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if attn.qkv is not None:
         qkv = _call(attn.qkv, x)
         if getattr(attn, "q_bias", None) is not None:
-            qkv = qkv + torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
+            biases = cast("tuple[Tensor, Tensor, Tensor]", (attn.q_bias, attn.k_bias, attn.v_bias))
+            qkv = qkv + torch.cat(biases)
         qkv = qkv.reshape(batch, count, 3, -1, head_dim).permute(2, 0, 3, 1, 4)
         return cast("tuple[Tensor, Tensor, Tensor]", qkv.unbind(0))
     query, key, value = (

@@ -9,6 +9,7 @@ from cveff.train.feed import Difficulty
 from cveff.train.galore import GaLoreAdamW, GaLoreSGD
 from cveff.train.galore_groups import galore_groups
 from cveff.train.galore_settings import GaLore
+from cveff.train.growth import Growth
 from cveff.train.importance import Importance
 from cveff.train.resolution import Resolution
 from cveff.train.selection import Selection
@@ -23,6 +24,7 @@ __all__ = [
     "GaLore",
     "GaLoreAdamW",
     "GaLoreSGD",
+    "Growth",
     "Importance",
     "MergeAdapters",
     "Resolution",

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from cveff.data.dataset import Split
 from cveff.errors import CheckpointError, StepError
 from cveff.files import write_json
 from cveff.measure.training_memory import MemoryTracker
-from cveff.model import Model, save_weights
+from cveff.model import Model, build, save_weights
 from cveff.steps import Clock, Run
 from cveff.train.budget import Budget
 from cveff.train.checkpointing import checkpointed
@@ -28,9 +29,13 @@ from cveff.train.ema import MovingAverage
 from cveff.train.evaluate import evaluate
 from cveff.train.feed import Feed
 from cveff.train.finite import require_finite
+from cveff.train.growth.carry import carry_optimizer
+from cveff.train.growth.growing import Growing
 from cveff.train.importance import weighted
+from cveff.train.mup import initialize, parametrization, with_rates
 from cveff.train.objective import Constraint, CrossEntropy, Objective
 from cveff.train.offload import choose_optimizers
+from cveff.train.optimizers import ScheduledOptimizers
 from cveff.train.precision import choose_precision
 from cveff.train.state import differences, identity, load_state, save_state
 from cveff.train.thinning import Thinning
@@ -106,18 +111,20 @@ class _Trainer:
         exact = any(getattr(edit, "needs_float32", False) for edit in model.spec.edits)
         wanted = "fp32" if exact and settings.precision == "auto" else settings.precision
         self.precision = choose_precision(wanted, run.device)
-        self.module: nn.Module = model.module.to(run.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.extra = objective.extra.to(run.device).train() if objective.extra is not None else nn.Module()
-        self.optimizer = choose_optimizers(self.module, self.extra, settings, run.device)
-        self.average = MovingAverage(self.module, settings.ema) if settings.ema else None
         self.scaler = torch.amp.GradScaler(run.device.type, enabled=self.precision == torch.float16)
         self.batches_per_epoch = self.train_split.num_training_batches(settings.batch_size)
+        total_steps = settings.epochs * self.batches_per_epoch
+        self.given = model.spec
+        self.growth = Growing(model, settings.grow, total_steps, run.seed)
+        if settings.grow and objective.extra is not None:
+            raise StepError("train.grow changes layers that this objective is fitted to; train without it")
+        self._take(self.growth.start)
         self.step = 0
         self.deadline: Deadline | None = None
         self.begun: float | None = None
         self.meter = Meter(self.module)
-        self.thinning = Thinning(model, settings, run.device)
-        total_steps = settings.epochs * self.batches_per_epoch
+        self.thinning = Thinning(self.model, settings, run.device)
         warmup_steps = round(settings.warmup_epochs * self.batches_per_epoch)
         self.course: Course = Epochs(
             total_steps, warmup_steps, self.thinning.consumed_share(total_steps), run.progress
@@ -127,6 +134,43 @@ class _Trainer:
         self.finished = False
         self.last_saved = time.monotonic()
         self.epoch_figures: dict[str, float] = {}
+
+    def _take(self, model: Model) -> None:
+        """Train `model` from here on, with an optimizer and a moving average of its own."""
+        settings = self.settings
+        self.model = model
+        self.module: nn.Module = model.module.to(self.run.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.optimizer = choose_optimizers(self.module, self.extra, settings, self.run.device)
+        if settings.mup_base_width is not None:
+            rule = parametrization(model, settings.mup_base_width, settings.optimizer, self.run.seed)  # type: ignore[arg-type]
+            initialize(self.module, rule)
+            assert isinstance(self.optimizer, ScheduledOptimizers)
+            self.optimizer = with_rates(self.optimizer, self.module, rule)
+        self.average = MovingAverage(self.module, settings.ema) if settings.ema else None
+
+    def _grow(self) -> None:
+        """Put the next, larger network in this one's place."""
+        model, optimizer, average = self.model, self.optimizer, self.average
+        grown = self.growth.grow(model, self.step)
+        self._take(grown.model)
+        meter = Meter(self.module)
+        self.meter, meter.compute = meter, self.meter.compute
+        assert isinstance(optimizer, ScheduledOptimizers) and isinstance(self.optimizer, ScheduledOptimizers)
+        carry_optimizer(optimizer, self.optimizer, (model.module, self.module), grown.placement)
+        if average and self.average:
+            grown.carry(Model(model.spec, average.module), self.average.module)
+        self._mask()
+        self.module.train()
+        self.run.log.write(self.step, {"growth/difference": grown.difference})
+        self.run.progress.message(
+            f"grown before step {self.step} to {self.model.num_parameters:,} parameters; outputs differ by "
+            f"{grown.difference:.1g}"
+        )
+
+    def _mask(self) -> None:
+        self.growth.mask(self.module)
+        if self.average:
+            self.growth.mask(self.average.module)
 
     def train(self) -> Model:
         if self.run.resume:
@@ -145,25 +189,11 @@ class _Trainer:
         return self._kept()
 
     def _train_epoch(self, epoch: int, steps: Any) -> None:
-        settings, run = self.settings, self.run
-        first = self.step - epoch * self.batches_per_epoch
-        batches = self.train_split.training_batches(
-            self.model.spec.input,
-            settings.batch_size,
-            settings.augmentation,
-            num_classes=len(self.model.spec.labels),
-            seed=run.seed,
-            epoch=epoch,
-            start=first,
-            num_workers=settings.num_workers,
-            chosen=self.feed.batches(
-                epoch, first, lambda batch: self.course.share(epoch * self.batches_per_epoch + batch)
-            ),
-        )
+        settings = self.settings
         self.module.train()
         losses: list[torch.Tensor] = []
         started, limit = time.monotonic(), settings.checkpoint_minutes * 60
-        for images, targets in batches:
+        for images, targets in self._batches(epoch):
             next(steps, None)
             optimize = self._optimize_watched if self.step == self.watched_step else self._optimize
             losses.append(optimize(images, targets, epoch))
@@ -184,6 +214,29 @@ class _Trainer:
             "train/images_per_second": len(losses) * settings.batch_size / (time.monotonic() - started),
         }
 
+    def _batches(self, epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """The rest of an epoch; begun anew where the network grows, as images may grow with it."""
+        settings = self.settings
+        while (first := self.step - epoch * self.batches_per_epoch) < self.batches_per_epoch:
+            if self.growth.is_due(self.step):
+                self._grow()
+            for batch in self.train_split.training_batches(
+                self.model.spec.input,
+                settings.batch_size,
+                settings.augmentation,
+                num_classes=len(self.model.spec.labels),
+                seed=self.run.seed,
+                epoch=epoch,
+                start=first,
+                num_workers=settings.num_workers,
+                chosen=self.feed.batches(
+                    epoch, first, lambda index: self.course.share(epoch * self.batches_per_epoch + index)
+                ),
+            ):
+                yield batch
+                if self.growth.is_due(self.step):
+                    break
+
     def _optimize_watched(self, images: torch.Tensor, targets: torch.Tensor, epoch: int) -> torch.Tensor:
         """`_optimize`, and who owns its peak of memory."""
         tracker = MemoryTracker(self.module, self.optimizer.optimizers, self.run.device, [self.extra])
@@ -200,6 +253,7 @@ class _Trainer:
         # Dropout and stochastic depth draw from torch's own generator: seeding it by step makes them resumable.
         torch.manual_seed(int(np.random.SeedSequence([self.run.seed, epoch, self.step]).generate_state(1)[0]))
         self.optimizer.set_factor(self.course.factor(settings.schedule, self.step))
+        self.growth.before_step(self.step)
         weights = self.feed.weights(epoch, self.step - epoch * self.batches_per_epoch)
         if weights is not None:
             targets = weighted(targets, weights, len(self.model.spec.labels), settings.label_smoothing)
@@ -257,7 +311,7 @@ class _Trainer:
             figures = evaluate(module, self.val_split, self.model.spec.input, self._autocast())
             self.meter.compute.evaluation_seconds += time.monotonic() - started
             self.epoch_figures |= {"val/accuracy": figures["accuracy"], "val/loss": figures["loss"]}
-            if figures["accuracy"] > self.best_accuracy:
+            if self.growth.is_complete(self.step) and figures["accuracy"] > self.best_accuracy:
                 self.best_accuracy, self.best_epoch = figures["accuracy"], epoch
                 self.best_weights = {
                     name: value.detach().cpu().clone() for name, value in module.state_dict().items()
@@ -265,11 +319,13 @@ class _Trainer:
                 if self.run.folder:
                     self._save_model(self.best_weights, "best")
             of = f"/{settings.epochs}" if budget is None else f", {100 * budget.share:.0f}% of the budget"
+            best = f"  best {100 * self.best_accuracy:.2f}%" if self.best_epoch >= 0 else ""
             self.run.progress.message(
                 f"epoch {epoch + 1}{of}  loss {self.epoch_figures['train/loss']:.4f}  "
-                f"val accuracy {100 * figures['accuracy']:.2f}%  best {100 * self.best_accuracy:.2f}%"
+                f"val accuracy {100 * figures['accuracy']:.2f}%{best}"
             )
         stop = bool(settings.patience) and epoch - self.best_epoch >= settings.patience
+        stop = stop and self.growth.is_complete(self.step)
         self.finished = stop or is_last
         consumed = self._compute().figures(len(self.train_split))
         self.epoch_figures |= {f"seen/{name}": value for name, value in consumed.items()}
@@ -369,6 +425,11 @@ class _Trainer:
                 f"{path} was written by a run with other settings ({changed}); resume with the same ones, "
                 "or train into another folder"
             )
+        spec = self.growth.spec_at(state["step"])
+        if spec != self.model.spec:
+            self._take(build(spec))
+        self.growth.resume(self.module, state["step"])
+        self._mask()
         self.module.load_state_dict(state["module"])
         if self.average:
             self.average.module.load_state_dict(state["average"])
@@ -389,7 +450,7 @@ class _Trainer:
             asdict(self.settings),
             dict(self.objective.identity()),
             precision=str(self.precision),
-            model=self.model.spec.to_json(),
+            model=self.given.to_json(),
             images=len(self.train_split),
             seed=self.run.seed,
         )

@@ -62,7 +62,7 @@ class MatrixMuon(torch.optim.Optimizer):
         self, params: Sequence[nn.Parameter], lr: float, momentum: float, weight_decay: float
     ) -> None:
         self._kernels = list(params)
-        self._matrices = [nn.Parameter(_as_matrix(parameter.detach())) for parameter in self._kernels]
+        self._matrices = [nn.Parameter(as_matrix(parameter.detach())) for parameter in self._kernels]
         self._muon = torch.optim.Muon(
             self._matrices, lr=lr, momentum=momentum, weight_decay=weight_decay, adjust_lr_fn="original"
         )
@@ -84,6 +84,19 @@ class MatrixMuon(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._muon.load_state_dict(state_dict)
         self.param_groups = self._muon.param_groups
+
+    def kernel_states(self) -> Iterator[tuple[nn.Parameter, dict[str, Any]]]:
+        """Each kernel with its state, whose tensors have the shape of its matrix."""
+        for kernel, matrix in zip(self._kernels, self._matrices, strict=True):
+            yield kernel, self._muon.state.get(matrix, {})
+
+    def set_kernel_state(self, kernel: nn.Parameter, state: dict[str, Any]) -> bool:
+        """Replace a kernel's state; False where the kernel is none of this optimizer's."""
+        for own, matrix in zip(self._kernels, self._matrices, strict=True):
+            if own is kernel:
+                self._muon.state[matrix] = state
+                return True
+        return False
 
 
 def build_optimizer(
@@ -144,7 +157,8 @@ def _groups(
         yield {"params": list(vectors), "weight_decay": 0.0}
 
 
-def _as_matrix(kernel: torch.Tensor) -> torch.Tensor:
+def as_matrix(kernel: torch.Tensor) -> torch.Tensor:
+    """A kernel (out, in, h, w) as the matrix that Muon sees, a view; a matrix as it is."""
     if kernel.ndim == 2:
         return kernel
     if not kernel.is_contiguous():
@@ -153,7 +167,7 @@ def _as_matrix(kernel: torch.Tensor) -> torch.Tensor:
 
 
 def _as_matrix_like(gradient: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
-    """The gradient with its columns in the order `_as_matrix(kernel)` has."""
+    """The gradient with its columns in the order `as_matrix(kernel)` has."""
     if gradient.ndim > 2 and not kernel.is_contiguous():
         gradient = gradient.permute(0, 2, 3, 1)
     return gradient.reshape(gradient.shape[0], -1)

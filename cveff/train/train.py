@@ -13,6 +13,7 @@ from cveff.train.budget import parse_duration
 from cveff.train.curriculum import Curriculum
 from cveff.train.feed import Difficulty
 from cveff.train.galore_settings import GaLore
+from cveff.train.growth.event import Growth, check_schedule
 from cveff.train.importance import Importance
 from cveff.train.loop import fit
 from cveff.train.resolution import Resolution
@@ -51,6 +52,11 @@ class Train:
         validate_every: epochs between validations; the last epoch is always validated.
         num_workers: processes that decode images of a streamed set.
         checkpoint_minutes: also keep the state within an epoch, this often.
+        grow: begin with a small network and enlarge it on the way, without changing what it computes; see `Growth`.
+            Only weights of the last network are kept, whatever `keep` says of earlier ones.
+        mup_base_width: the width at which the learning rate was found (a ViT's embed_dim, or channels of each stage);
+            initial weights and rates are then µP's, under which it suits every width. It scales the weights it is
+            given, so it is for training from scratch.
         augmentation: what happens to training images.
         difficulty: how difficulties are measured, for the next three.
         curriculum: draw easy images first.
@@ -85,6 +91,8 @@ class Train:
     validate_every: int = 1
     num_workers: int = 0
     checkpoint_minutes: float = 5.0
+    grow: tuple[Growth, ...] = ()
+    mup_base_width: int | tuple[int, ...] | None = None
     augmentation: Augmentation = field(default_factory=Augmentation)
     budget: str | None = None
     difficulty: Difficulty = field(default_factory=Difficulty)
@@ -133,6 +141,15 @@ class Train:
         self._check_together("resolution", "token_drop", "both change the number of tokens")
         if self.importance is not None and self.augmentation.mixes:
             raise TrainingError("train.importance weighs single images; turn mixup and cutmix off")
+        check_schedule(self.grow)
+        self._check_growth()
+        if self.mup_base_width is not None:
+            others = {"grow": self.grow, "offload_optimizer": self.offload_optimizer}
+            others[f"optimizer = {self.optimizer!r}"] = self.optimizer not in ("sgd", "adamw")
+            for other in (name for name, is_set in others.items() if is_set):
+                raise TrainingError(
+                    f"train.mup_base_width cannot be combined with train.{other}; leave one out"
+                )
         if self.batch_size % self.accumulation:
             raise TrainingError(
                 f"train.accumulation {self.accumulation} does not divide train.batch_size {self.batch_size}; "
@@ -165,6 +182,14 @@ class Train:
     def _check_together(self, first: str, second: str, reason: str) -> None:
         if getattr(self, first) is not None and getattr(self, second) is not None:
             raise TrainingError(f"train.{first} and train.{second}: {reason}; leave one out")
+
+    def _check_growth(self) -> None:
+        """What is fitted to the network as it is at the start, or to a known number of steps, cannot follow growth."""
+        excluded = ("budget", "resolution", "token_drop", "checkpoint_activations", "offload_optimizer")
+        fitted = [name for name in excluded if getattr(self, name)]
+        fitted += ["optimizer = 'galore'"] if self.optimizer == "galore" else []
+        if self.grow and fitted:
+            raise TrainingError(f"train.grow cannot be combined with train.{fitted[0]}; leave one out")
 
     def _check_galore(self, galore: GaLore) -> None:
         if self.optimizer != "galore" and galore != GaLore():
