@@ -19,6 +19,8 @@ _HOME = {
     "fold_batch_norm": "cveff.backbones.fold:FoldedBatchNorm",
     "low_rank": "cveff.compress.low_rank_edit:LowRankEdit",
     "drop_blocks": "cveff.compress.drop_blocks:DropBlocks",
+    "elastic": "cveff.dynamic.elastic_space:ElasticSpace",
+    "shrink_kernels": "cveff.dynamic.shrink_kernels:ShrinkKernels",
     "prune_channels": "cveff.compress.prune_channels:PruneChannels",
     "half": "cveff.compress.quant.half:HalfGraph",
     "half_rest": "cveff.compress.quant.half_rest:HalfRest",

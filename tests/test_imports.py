@@ -23,6 +23,7 @@ LEVELS: list[list[str]] = [
     ["cveff.backbones.fold", "cveff.backbones.reparameterize"],
     ["cveff.train"],
     ["cveff.compress"],
+    ["cveff.dynamic"],
     ["cveff.export"],
     ["cveff.apply"],
     ["cveff.model_zoo"],
