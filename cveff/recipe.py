@@ -20,6 +20,7 @@ from cveff.compress import Distill, LowRank, Prune, Quantize, Sparsify
 from cveff.compress.quantize import TRAINABLE
 from cveff.data.augment import Augmentation
 from cveff.data.named import NAMED
+from cveff.dynamic import Elastic, ExtractSubNet
 from cveff.errors import RecipeError
 from cveff.recipe_settings import DataSettings, DeploySettings, ModelSettings
 from cveff.schema import parse
@@ -49,7 +50,8 @@ RECIPES = Path(__file__).parent / "model_zoo" / "recipes"
 
 def _step_kinds() -> dict[str, type]:
     """The recipe's union: every method a `[[steps]]` table can name by its `kind`."""
-    steps = (Reparameterize, FoldBatchNorm, Train, Prune, LowRank, Distill, Sparsify, Quantize)
+    compression = (Prune, LowRank, Distill, Sparsify, Quantize)
+    steps = (Reparameterize, FoldBatchNorm, Train, *compression, Elastic, ExtractSubNet)
     return {step.kind: step for step in steps}
 
 
@@ -81,7 +83,7 @@ class Recipe:
             raise RecipeError(f"seed: {self.seed!r} is negative; give 0 or more")
         if self.train is not None:
             self._check_training(self.train)
-        elif not self.model.has_weights:
+        elif not self.model.has_weights and not any(isinstance(step, Elastic) for step in self.steps[:1]):
             raise RecipeError(
                 "train: is missing, and without model.weights, model.pretrained or model.checkpoint the weights would "
                 "stay random; add a [train] table"
@@ -283,7 +285,7 @@ def parse_assignment(text: str) -> tuple[str, Any]:
 
 
 def _trains(step: Step) -> bool:
-    return isinstance(step, (Train, Distill)) or getattr(step, "recover", None) is not None
+    return isinstance(step, (Train, Distill, Elastic)) or getattr(step, "recover", None) is not None
 
 
 def _is_folding(step: Step) -> bool:

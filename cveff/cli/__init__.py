@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 import cveff
-from cveff.cli import check, compress, deploy, measure, models, quantize, recipe, targets, train
+from cveff.cli import check, compress, deploy, elastic, measure, models, quantize, recipe, targets, train
 from cveff.cli.options import examples
 from cveff.errors import CveffError
 
@@ -44,6 +44,7 @@ app = typer.Typer(
 )
 for verbs in (train, compress, quantize, deploy, check, measure, models):
     verbs.register(app)
+app.add_typer(elastic.app, name="elastic")
 app.add_typer(recipe.app, name="recipe")
 app.add_typer(targets.app, name="targets")
 

@@ -92,9 +92,7 @@ def choose(
         if abs(off * allowed / limit - 1) <= CLOSE or allowed == least > limit / off:
             break
         allowed = limit / off
-    found = max(
-        (subnet for subnet, time in known.items() if time <= limit * (1 + OVER)), key=scores.accuracy
-    )
+    found = max((subnet for subnet, time in known.items() if time <= limit * (1 + OVER)), key=scores.accuracy)
     return found, {
         "extract/latency_ms": known[found],
         "extract/predicted_ms": costs.milliseconds(found, predictor),

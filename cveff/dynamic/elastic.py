@@ -102,8 +102,8 @@ class Elastic:
         for side in self.resolutions:
             if side > height:
                 raise StepError(
-                    f"elastic.resolutions: {side} is larger than the model's images, {height}×{width}; create the model "
-                    "for the largest size"
+                    f"elastic.resolutions: {side} is larger than the model's images, {height}×{width}; create the "
+                    "model for the largest size"
                 )
         model.module.cpu()
         analysis = analyze(model.module, model.spec.input)

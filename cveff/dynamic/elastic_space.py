@@ -74,7 +74,7 @@ class ElasticSpace:
         widths: group of channels -> units it keeps at each of `shares`.
         order: group of channels -> its units, the most important first: those that stay are the leading ones.
         depth: the most blocks a stage loses.
-        stages: stage -> paths of its residual blocks that may go, in the order in which they go.
+        stages: first block that may go -> paths of all of its stage that may, in the order in which they go.
         sides: of depthwise kernels, descending, none where none is elastic; the first stands for what each has.
         kernels: path of a depthwise convolution -> its side at each of `sides`.
         sizes: (height, width) of images, descending.
@@ -147,7 +147,7 @@ class ElasticSpace:
         widths, depths, sides = len(self.shares), self.depth + 1, max(1, len(self.sides))
         if not self.apart:
             return (widths, depths, sides, len(self.sizes))
-        stages = [1 + min(self.depth, len(blocks)) for blocks in self.stages.values()]
+        stages = [1 + len(blocks) for blocks in self.stages.values()]
         return (*[widths] * len(self.widths), *stages, *[sides] * len(self.kernels), len(self.sizes))
 
     def subnet(self, levels: Sequence[int]) -> SubNet:
@@ -211,11 +211,13 @@ class ElasticSpace:
         _check_table("kernels", dict(subnet.kernels), self.kernels)
         if subnet.size not in [tuple(size) for size in self.sizes]:
             _level("size", subnet.size, [tuple(size) for size in self.sizes])
-        leading = {path for blocks in self.stages.values() for path in blocks[: self.depth]}
+        leading = {path for blocks in self.stages.values() for path in blocks}
         for blocks in self.stages.values():
             gone = [path in subnet.dropped for path in blocks]
             if gone != sorted(gone, reverse=True):
-                raise StepError(f"blocks go in the order {', '.join(blocks)}, not {', '.join(subnet.dropped)}")
+                raise StepError(
+                    f"blocks go in the order {', '.join(blocks)}, not {', '.join(subnet.dropped)}"
+                )
         unknown = [path for path in subnet.dropped if path not in leading]
         if unknown:
             raise StepError(f"block {unknown[0]} may not go; those that may: {', '.join(sorted(leading))}")
@@ -225,9 +227,7 @@ class ElasticSpace:
             [width] * len(self.widths), [depth] * len(self.stages), [kernel] * len(self.kernels), size
         )
 
-    def _of(
-        self, widths: Sequence[int], depths: Sequence[int], kernels: Sequence[int], size: int
-    ) -> SubNet:
+    def _of(self, widths: Sequence[int], depths: Sequence[int], kernels: Sequence[int], size: int) -> SubNet:
         height, width = self.sizes[size]
         stages = zip(self.stages.values(), depths, strict=True)
         return SubNet(
@@ -248,7 +248,9 @@ def space_of(edits: Sequence[Any], architecture: str) -> ElasticSpace:
     """
     found = [index for index, edit in enumerate(edits) if isinstance(edit, ElasticSpace)]
     if not found:
-        raise StepError(f"{architecture} is not elastic: apply Elastic to it first, which trains its sub-nets")
+        raise StepError(
+            f"{architecture} is not elastic: apply Elastic to it first, which trains its sub-nets"
+        )
     later = [edit.kind for edit in edits[found[0] + 1 :]]
     if later:
         raise StepError(

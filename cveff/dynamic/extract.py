@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from cveff.compress.batch_norm import recalibrate_batch_norm
@@ -27,9 +27,9 @@ RECORD = "subnet.json"
 class ExtractSubNet:
     """Make one sub-net of a network that `Elastic` trained a plain model, its batch norms re-estimated.
 
-    With `latency_ms` it is searched for: among the sub-nets that the device's table of blocks predicts to be fast enough,
-    the one that is right most often on held-out images; several of the best are exported and measured, and the most
-    accurate whose file keeps to the limit is taken. Otherwise `width`, `depth`, `kernel` and `resolution` name it.
+    With `latency_ms` it is searched for: among the sub-nets that the device's table of blocks predicts to be fast
+    enough, the one that is right most often on held-out images; several of the best are exported and measured, and the
+    most accurate whose file keeps to the limit is taken. Otherwise `width`, `depth`, `kernel` and `resolution` name it.
 
     Attributes:
         latency_ms: the most milliseconds a call may take on the target, at its first batch size.
@@ -52,7 +52,7 @@ class ExtractSubNet:
     kernel: int | None = None
     resolution: int | None = None
     search: Literal["evolution", "random"] = "evolution"
-    evolution: Evolution = Evolution()
+    evolution: Evolution = field(default_factory=Evolution)
     images: int = 2048
     calibration: int = 1024
 

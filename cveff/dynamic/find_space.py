@@ -11,8 +11,8 @@ from cveff.compress.depth import removable_blocks
 from cveff.compress.groups import Analysis
 from cveff.compress.scopes import rounded
 from cveff.dynamic.elastic_space import ElasticSpace
-from cveff.dynamic.shrink_kernels import can_shrink
 from cveff.dynamic.image_sizes import at_size
+from cveff.dynamic.shrink_kernels import can_shrink
 from cveff.errors import StepError
 from cveff.model import Model
 
@@ -40,11 +40,13 @@ def find_space(
         StepError: nothing of the network is elastic (the message says why), or its images cannot have a size.
     """
     widths = {
-        group.name: [rounded(group, share * group.size, round_to=round_to, min_fraction=0) for share in shares]
+        group.name: [
+            rounded(group, share * group.size, round_to=round_to, min_fraction=0) for share in shares
+        ]
         for group in analysis.groups
     }
     widths = {name: counts for name, counts in widths.items() if len(set(counts)) > 1}
-    stages = _stages(model.module, analysis) if depth else {}
+    stages = _stages(model.module, analysis, depth) if depth else {}
     known_sides, kernels = _kernels(model.module, sides)
     own = model.spec.input.size
     for size in sizes:
@@ -67,7 +69,7 @@ def find_space(
     return space
 
 
-def _stages(module: nn.Module, analysis: Analysis) -> dict[str, tuple[str, ...]]:
+def _stages(module: nn.Module, analysis: Analysis, depth: int) -> dict[str, tuple[str, ...]]:
     """First block that may go -> the residual blocks of its stage that may, the last first. Each stage keeps one."""
     removable = set(removable_blocks(module, analysis.trace))
     found = {}
@@ -75,7 +77,7 @@ def _stages(module: nn.Module, analysis: Analysis) -> dict[str, tuple[str, ...]]
         for run in _runs(path, parent, removable):
             # A module whose calls are corrected by their number must go on making all of them.
             if run and not any(_is_within(block, counted) for block in run for counted in analysis.flexible):
-                found[run[0]] = tuple(reversed(run))
+                found[run[0]] = tuple(reversed(run))[:depth]
     return found
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
@@ -82,11 +83,10 @@ class Search:
             self._try(self._draw)
         for _ in range(settings.generations):
             parents = self.best(max(1, round(settings.parents * settings.population)))
-            for index in range(settings.population):
-                if index % 2:
-                    self._try(lambda: self._mutated(self._one_of(parents), settings.mutation))
-                else:
-                    self._try(lambda: self._crossed(self._one_of(parents), self._one_of(parents)))
+            for _ in range(settings.population // 2):
+                self._try(partial(self._mutated, parents, settings.mutation))
+            for _ in range(settings.population - settings.population // 2):
+                self._try(partial(self._crossed, parents))
         return self.best(1)[0]
 
     def at_random(self, evaluations: int) -> Levels:
@@ -116,14 +116,13 @@ class Search:
     def _draw(self) -> Levels:
         return tuple(int(self._random.integers(count)) for count in self.alternatives)
 
-    def _mutated(self, parent: Levels, chance: float) -> Levels:
-        fresh = self._draw()
+    def _mutated(self, parents: list[Levels], chance: float) -> Levels:
+        parent, fresh = self._one_of(parents), self._draw()
         chosen = self._random.random(len(parent)) < chance
-        return tuple(
-            new if change else old for old, new, change in zip(parent, fresh, chosen, strict=True)
-        )
+        return tuple(new if change else old for old, new, change in zip(parent, fresh, chosen, strict=True))
 
-    def _crossed(self, first: Levels, second: Levels) -> Levels:
+    def _crossed(self, parents: list[Levels]) -> Levels:
+        first, second = self._one_of(parents), self._one_of(parents)
         chosen = self._random.random(len(first)) < 0.5
         return tuple(b if other else a for a, b, other in zip(first, second, chosen, strict=True))
 

@@ -34,8 +34,8 @@ class ShrinkKernels:
             old = conv.kernel_size[0]
             if not can_shrink(conv, side):
                 raise StepError(
-                    f"{path} has a kernel of {tuple(conv.kernel_size)} and padding {conv.padding}, which cannot be shrunk "
-                    f"to {side}; give a smaller side of the same parity"
+                    f"{path} has a kernel of {tuple(conv.kernel_size)} and padding {conv.padding}, which cannot be "
+                    f"shrunk to {side}; give a smaller side of the same parity"
                 )
             if not _is_padded_in_forward(conv) and not isinstance(conv.padding, str):
                 less = conv.dilation[0] * (old - side) // 2

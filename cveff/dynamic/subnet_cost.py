@@ -8,7 +8,7 @@ from functools import lru_cache
 
 import torch
 
-from cveff.compress.blocks import blocks, macs
+from cveff.compress.blocks import macs
 from cveff.compress.depth import block_ends
 from cveff.compress.latency_model import LatencyModel
 from cveff.compress.sizes import Sizes
@@ -16,7 +16,6 @@ from cveff.compress.trace import Trace, trace
 from cveff.dynamic.elastic_space import SubNet
 from cveff.dynamic.supernet import Supernet
 from cveff.errors import StepError
-from cveff.measure.block import Block
 from cveff.model import build
 
 Shapes = dict[str, tuple[int, ...]]
@@ -54,13 +53,9 @@ class SubNetCosts:
         """Multiply-accumulate operations."""
         return macs(*self._traced(subnet))
 
-    def blocks(self, subnet: SubNet) -> list[Block]:
-        """What an engine runs, in order."""
-        return blocks(*self._traced(subnet))
-
     def milliseconds(self, subnet: SubNet, predictor: LatencyModel) -> float:
         """Predicted time of a call."""
-        return predictor.predict_blocks(self.blocks(subnet))
+        return predictor.predict(*self._traced(subnet))
 
     def _traced(self, subnet: SubNet) -> tuple[Trace, Shapes]:
         sizes = self._sizes(subnet.size)
@@ -80,8 +75,8 @@ class SubNetCosts:
         found = trace(build(spec).module, spec.input)
         if [node.name for node in found.nodes] != [node.name for node in analysis.trace.nodes]:
             raise StepError(
-                f"{spec.architecture} is another graph at {size[0]}×{size[1]} than at its own size, so its costs cannot be "
-                "predicted; leave that resolution out"
+                f"{spec.architecture} is another graph at {size[0]}×{size[1]} than at its own size, so its costs "
+                "cannot be predicted; leave that resolution out"
             )
         return Sizes(replace(analysis, trace=found))
 
