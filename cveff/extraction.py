@@ -31,7 +31,7 @@ class Extraction:
     Attributes:
         out: the folder: the saved model in `model`, what it is in `subnet.json`.
         subnet: which sub-net it is, as plain JSON values.
-        figures: `extract/accuracy` on the images it was chosen by and, of a search, milliseconds measured and predicted.
+        figures: `extract/accuracy` on the images it was chosen by; of a search, milliseconds too.
         accuracy: share of the evaluation split that it is right on.
         parameters, elastic_parameters: its number, and the whole network's.
         warnings: what a reader must know.
@@ -111,7 +111,14 @@ def extract_checkpoint(
     model = Model(replace(model.spec, labels=labels), model.module)
     with atomic_folder(out) as folder:
         found = apply(
-            model, step, data=images, target=target, device=device, seed=seed, progress=progress, folder=folder
+            model,
+            step,
+            data=images,
+            target=target,
+            device=device,
+            seed=seed,
+            progress=progress,
+            folder=folder,
         )
         save(found, folder / "model")
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))

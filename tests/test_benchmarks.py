@@ -35,6 +35,7 @@ SCRIPTS = (
     "prune_quality",
     "latency_goals",
     "compress_chain",
+    "elastic",
     "latency_table",
     "trt_check",
     "typed_graphs",

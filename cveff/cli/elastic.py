@@ -45,7 +45,11 @@ def show(
     if as_json:
         return print_json(edit_to_json(space))
     rows: list[tuple[object, ...]] = [
-        ("--width", ", ".join(f"{share:g}" for share in space.shares), f"{len(space.widths)} groups of channels"),
+        (
+            "--width",
+            ", ".join(f"{share:g}" for share in space.shares),
+            f"{len(space.widths)} groups of channels",
+        ),
         ("--depth", ", ".join(map(str, range(space.depth + 1))), f"{len(space.stages)} stages"),
         (
             "--kernel",
@@ -75,20 +79,14 @@ def extract(
     width: Annotated[
         float | None, typer.Option("--width", help="Or the one that keeps this share of all channels,")
     ] = None,
-    depth: Annotated[
-        int | None, typer.Option("--depth", help="as many blocks less in every stage,")
-    ] = None,
+    depth: Annotated[int | None, typer.Option("--depth", help="as many blocks less in every stage,")] = None,
     kernel: Annotated[
         int | None, typer.Option("--kernel", help="depthwise kernels of no more than this side,")
     ] = None,
-    resolution: Annotated[
-        int | None, typer.Option("--resolution", help="and images of this height.")
-    ] = None,
+    resolution: Annotated[int | None, typer.Option("--resolution", help="and images of this height.")] = None,
     search: Annotated[Search, typer.Option("--search", help="How to look for it.")] = Search.evolution,
     population: Annotated[int, typer.Option("--population", help="Sub-nets of a generation.")] = 100,
-    generations: Annotated[
-        int, typer.Option("--generations", help="After the first, which is random.")
-    ] = 20,
+    generations: Annotated[int, typer.Option("--generations", help="After the first, which is random.")] = 20,
     images: Annotated[
         int, typer.Option("--images", help="Validation images that sub-nets are compared on.")
     ] = 2048,
@@ -99,7 +97,8 @@ def extract(
         ),
     ] = None,
     target: Annotated[
-        str, typer.Option("--target", help="Device profile that latencies are measured for (`cveff targets`).")
+        str,
+        typer.Option("--target", help="Device profile that latencies are measured for (`cveff targets`)."),
     ] = "edge-cpu",
     out: Annotated[
         Path | None, typer.Option("--out", help="Folder of the result; by default runs/NAME-subnet.")

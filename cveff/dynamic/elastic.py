@@ -38,7 +38,7 @@ class Elastic:
 
     Attributes:
         widths: shares of its units that a group of channels may keep; 1 is always among them.
-        depth: how many of its last residual blocks a stage may lose; it always keeps one. 0: none.
+        depth: how many of its last residual blocks a stage may lose; what it begins with stays. 0: none.
         kernels: sides that depthwise kernels may have, up to what they have; none: they stay as they are.
         resolutions: heights of images in pixels beside the model's own, which is the largest; the width follows.
         vary: "layers": every group, stage and kernel has its own level, as once-for-all networks; "network": one share,

@@ -101,6 +101,9 @@ class ElasticSpace:
 
     def __post_init__(self) -> None:
         try:
+            for name in ("shares", "sides"):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+            object.__setattr__(self, "sizes", tuple(tuple(size) for size in self.sizes))
             for name in ("widths", "order", "stages", "kernels"):
                 table = {key: tuple(values) for key, values in getattr(self, name).items()}
                 object.__setattr__(self, name, table)
@@ -112,7 +115,7 @@ class ElasticSpace:
                 fits &= all(1 <= count <= len(units) for count in counts)
             for sides in self.kernels.values():
                 fits &= len(sides) == len(self.sides) and all(side >= 1 for side in sides)
-        except (TypeError, AttributeError) as error:
+        except (TypeError, AttributeError, KeyError) as error:
             raise CheckpointError(f"the elastic space is damaged ({error}); save the model again") from error
         if not fits:
             raise CheckpointError("the elastic space is damaged: its lists do not fit; save the model again")

@@ -70,7 +70,7 @@ def find_space(
 
 
 def _stages(module: nn.Module, analysis: Analysis, depth: int) -> dict[str, tuple[str, ...]]:
-    """First block that may go -> the residual blocks of its stage that may, the last first. Each stage keeps one."""
+    """First block that may go -> the residual blocks of its stage that may, the last first. A stage keeps something."""
     removable = set(removable_blocks(module, analysis.trace))
     found = {}
     for path, parent in module.named_modules():
@@ -82,20 +82,17 @@ def _stages(module: nn.Module, analysis: Analysis, depth: int) -> dict[str, tupl
 
 
 def _runs(path: str, parent: nn.Module, removable: set[str]) -> Iterator[list[str]]:
-    """Neighbours of one class among the children that can be removed; without the first where none is before it."""
-    previous: type[nn.Module] | None = None
+    """Neighbours among the children that can be removed; without the first where the stage begins with it."""
     run: list[str] = []
-    for name, child in parent.named_children():
+    begins = True
+    for name, _ in parent.named_children():
         full = f"{path}.{name}" if path else name
-        if type(child) is not previous:
-            yield run
-            run = []
-        elif full in removable:
+        if full in removable and not begins:
             run.append(full)
-        else:
+        elif full not in removable:
             yield run
             run = []
-        previous = type(child)
+        begins = False
     yield run
 
 

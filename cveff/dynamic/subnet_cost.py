@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 
+from cveff.compress.block_walk import argument, node_argument, operator, pair
 from cveff.compress.blocks import macs
 from cveff.compress.depth import block_ends
 from cveff.compress.latency_model import LatencyModel
@@ -27,9 +30,11 @@ class _ShortTrace(Trace):
 
     Attributes:
         graph: of the network without them; nodes keep their names.
+        convolutions: (node, path of its module, padding of its whole kernel).
     """
 
     graph: torch.fx.Graph
+    convolutions: tuple[tuple[torch.fx.Node, str, Any], ...]
 
     @property
     def nodes(self) -> list[torch.fx.Node]:
@@ -60,12 +65,9 @@ class SubNetCosts:
     def _traced(self, subnet: SubNet) -> tuple[Trace, Shapes]:
         sizes = self._sizes(subnet.size)
         shapes = sizes.shapes({**sizes.full, **dict(subnet.widths)})
-        sides = dict(subnet.kernels)
-        for name, path in sizes.analysis.trace.parameters.items():
-            layer = path.removesuffix(".weight")
-            if layer in sides and layer != path:
-                shapes[name] = (*shapes[name][:2], sides[layer], sides[layer])
-        return self._short(subnet.size, subnet.dropped), shapes
+        found = self._short(subnet.size, subnet.dropped)
+        _shrink(found, shapes, self._supernet.space.kernels, dict(subnet.kernels))
+        return found, shapes
 
     def _make_sizes(self, size: tuple[int, int]) -> Sizes:
         """Shapes at an image size: the same graph, so what lies along which dimension is known."""
@@ -80,10 +82,8 @@ class SubNetCosts:
             )
         return Sizes(replace(analysis, trace=found))
 
-    def _make_short(self, size: tuple[int, int], dropped: tuple[str, ...]) -> Trace:
+    def _make_short(self, size: tuple[int, int], dropped: tuple[str, ...]) -> _ShortTrace:
         whole = self._sizes(size).analysis.trace
-        if not dropped:
-            return whole
         graph = copy.deepcopy(whole.program.graph)
         nodes = {node.name: node for node in graph.nodes}
         order = {node: index for index, node in enumerate(graph.nodes)}
@@ -101,4 +101,27 @@ class SubNetCosts:
             if inside and node.op == "call_function" and not node.users:
                 graph.erase_node(node)
         fields = {name: getattr(whole, name) for name in Trace.__dataclass_fields__}
-        return _ShortTrace(**fields, graph=graph)
+        weights = {name: path.removesuffix(".weight") for name, path in whole.parameters.items()}
+        convolutions = tuple(
+            (node, weights[weight.name], argument(node, 4, 0))
+            for node in graph.nodes
+            if operator(node) == "conv2d" and (weight := node_argument(node, 1)).name in weights
+        )
+        return _ShortTrace(**fields, graph=graph, convolutions=convolutions)
+
+
+def _shrink(
+    found: _ShortTrace, shapes: Shapes, own: Mapping[str, Sequence[int]], sides: Mapping[str, int]
+) -> None:
+    """Give convolutions of the graph, and their weights in `shapes`, smaller kernels and as much less padding."""
+    for node, path, padding in found.convolutions:
+        if path not in sides:
+            continue
+        side, weight, source = sides[path], node_argument(node, 1), node_argument(node, 0)
+        less = pair(argument(node, 5, 1), 2)[0] * (own[path][0] - side)
+        shapes[weight.name] = (*shapes[weight.name][:2], side, side)
+        if "pad" in operator(source):
+            *front, height, width = shapes[source.name]
+            shapes[source.name] = (*front, height - less, width - less)
+        elif not isinstance(padding, str):
+            node.update_arg(4, [amount - less // 2 for amount in pair(padding, 2)])

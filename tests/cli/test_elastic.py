@@ -1,4 +1,4 @@
-"""`cveff elastic`: what there is, one of it in a folder, and every wrong word in one line that leaves nothing behind."""
+"""`cveff elastic`: what there is, one of it in a folder; every wrong word is one line and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -39,9 +39,7 @@ def test_what_there_is(elastic: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert json.loads(capsys.readouterr().out)["kind"] == "elastic"
 
 
-def test_a_sub_net_by_its_settings(
-    elastic: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_sub_net_by_its_settings(elastic: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["elastic", "extract", str(elastic), "--data", "digits", "--width", "0.5", "--resolution", "6"]
     words += ["--images", "64", "--out", "small", "--quiet"]
     assert main([*words, "--json"]) == 0

@@ -21,7 +21,7 @@ NETS: dict[str, tuple[str, dict[str, Any]]] = {
     "resnet": ("resnet18", {"layers": [1, 3, 1, 1], "channels": [16, 16, 32, 32]}),
     "mobilenetv3": ("mobilenetv3_small_050", {}),
     "mobilenetv4": ("mobilenetv4_conv_small_035", {}),
-    "efficientnet": ("tf_efficientnet_lite0", {"channel_multiplier": 0.3, "depth_multiplier": 0.7}),
+    "efficientnet": ("tf_efficientnet_lite0", {}),
     "convnext": ("convnext_atto", {"depths": [1, 1, 3, 1], "dims": [16, 16, 32, 32]}),
     "vit": ("vit_tiny_patch16_224", {"depth": 3, "embed_dim": 48, "num_heads": 3, "patch_size": 8}),
 }

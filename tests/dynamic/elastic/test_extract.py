@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.flop_counter import FlopCounterMode
 
 import cveff
 import cveff.data
 from cveff.compress.blocks import macs
 from cveff.compress.latency_goal import LatencyGoal
-from cveff.compress.trace import trace
 from cveff.compress.unreachable import UnreachableError
 from cveff.data.dataset import Data
 from cveff.dynamic import Elastic, ExtractSubNet
@@ -29,6 +29,13 @@ from cveff.train import Train
 FEW = Evolution(population=6, generations=2)
 
 
+def flops(model: Model) -> int:
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        model.module.eval()(torch.zeros(1, model.spec.input.channels, *model.spec.input.size))
+    return counter.get_total_flops()
+
+
 class MacsTimer:
     """A device whose time is proportional to operations, with a fixed cost a call."""
 
@@ -38,10 +45,7 @@ class MacsTimer:
         self.fixed = fixed
 
     def milliseconds(self, models: Mapping[str, Model]) -> dict[str, float]:
-        return {
-            name: self.fixed + macs(trace(model.module, model.spec.input)) / 1e6
-            for name, model in models.items()
-        }
+        return {name: self.fixed + flops(model) / 2e6 for name, model in models.items()}
 
 
 @pytest.fixture
@@ -76,14 +80,16 @@ def extract(model: Model, data: Data, timer: MacsTimer | None = None, **settings
 
 @pytest.mark.parametrize("search", ["evolution", "random"])
 def test_the_measured_latency_keeps_to_the_limit(
-    elastic: Model, data: Data, timer: MacsTimer, search: str
+    elastic: Model, data: Data, timer: MacsTimer, search: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # The wider the better, which a network of one epoch need not say.
+    monkeypatch.setattr(Candidates, "accuracy", lambda self, subnet: sum(dict(subnet.widths).values()) / 1e4)
     whole = timer.milliseconds({"it": elastic})["it"]
     limit = 0.2 + 0.45 * (whole - 0.2)
     small = extract(elastic, data, timer, latency_ms=limit, search=search)
     measured = timer.milliseconds({"it": small})["it"]
     # The prediction is off by a half and by a constant; corrected, the search fills most of what it may use.
-    assert 0.6 * limit <= measured <= 1.01 * limit
+    assert 0.8 * limit <= measured <= 1.01 * limit
     assert all(edit.kind != "elastic" for edit in small.spec.edits)
 
 

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import cveff
 from cveff.compress import Prune
@@ -153,41 +152,16 @@ def test_sub_nets_of_a_pruned_network_are_networks_too(tmp_path: Path, images: I
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_costs_are_known_without_building(family: str, net: Net, images: Images) -> None:
+def test_costs_are_those_of_the_sub_net_built_and_traced(family: str, net: Net) -> None:
     model, supernet = net(family)
-    costs = SubNetCosts(supernet)
-    for subnet in [supernet.space.largest, *some(supernet.space)]:
-        counter = FlopCounterMode(display=False)
-        with counter:
-            run(supernet.model(model.module.state_dict(), subnet).module, images(subnet.size, 1))
-        # torch counts no attention of a CPU, which is why transformers' linear layers alone are compared below.
-        if family != "vit":
-            assert 2 * costs.macs(subnet) == counter.get_total_flops()
-
-
-def test_costs_of_a_transformer_are_those_of_the_sub_net_traced(net: Net) -> None:
-
-    model, supernet = net("vit")
-    for subnet in some(supernet.space):
+    for subnet in some(supernet.space, count=1):
         found = supernet.model(model.module.state_dict(), subnet)
         traced = trace(found.module, found.spec.input)
-        ours = SubNetCosts(supernet)._traced(subnet)
-        assert macs(*ours) == macs(traced)
-        assert [block.key for block in blocks(*ours)] == [block.key for block in blocks(traced)]
-
-
-@pytest.mark.parametrize("family", ["resnet", "mobilenetv3"])
-def test_predicted_blocks_are_those_of_the_sub_net(family: str, net: Net) -> None:
-
-    model, supernet = net(family)
-    subnet = supernet.space.smallest
-    found = supernet.model(model.module.state_dict(), subnet)
-    ours = [block.key for block in blocks(*SubNetCosts(supernet)._traced(subnet))]
-    theirs = [block.key for block in blocks(trace(found.module, found.spec.input))]
-    if family == "mobilenetv3":  # a trace has the padding of the kernel it was made with, as time hardly has
-        assert len(ours) == len(theirs)
-    else:
-        assert ours == theirs
+        costs = SubNetCosts(supernet)
+        assert costs.macs(subnet) == macs(traced)
+        assert [block.key for block in blocks(*costs._traced(subnet))] == [
+            block.key for block in blocks(traced)
+        ]
 
 
 def test_a_sub_net_that_was_not_trained_is_named(net: Net) -> None:
