@@ -91,10 +91,11 @@ class ExtractSubNet:
         assert run.data is not None
         supernet = Supernet.of(model, run.device)
         candidates = Candidates(model, supernet, run.data, self.images, self.calibration, run.seed)
-        subnet, figures = self._named(supernet), {}
+        figures: dict[str, float] = {}
+        subnet = self._named(supernet)
         if subnet is None:
             subnet, figures = choose(self, supernet, candidates, run)
-        figures = {"extract/accuracy": candidates.accuracy(subnet), **figures}
+        figures["extract/accuracy"] = candidates.accuracy(subnet)
         shown = f", {figures['extract/latency_ms']:.3g} ms" if "extract/latency_ms" in figures else ""
         run.progress.message(
             f"sub-net: {100 * figures['extract/accuracy']:.2f}% of held-out images{shown}, "

@@ -10,6 +10,7 @@ import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -236,9 +237,8 @@ def _is_gone(path: str, dropped: tuple[str, ...]) -> bool:
 
 def _without(edit: PruneChannels, dropped: tuple[str, ...]) -> PruneChannels:
     """The edit for the network that these blocks are gone from."""
-    return PruneChannels(
-        *(
-            {path: values for path, values in table.items() if not _is_gone(path, dropped)}
-            for table in (edit.keep, edit.attributes, edit.flexible)
-        )
-    )
+
+    def rest(table: Mapping[str, Any]) -> dict[str, Any]:
+        return {path: values for path, values in table.items() if not _is_gone(path, dropped)}
+
+    return PruneChannels(rest(edit.keep), rest(edit.attributes), rest(edit.flexible))
