@@ -149,7 +149,7 @@ def trained(digits: Any) -> Model:
 
 def test_every_sub_net_learns(trained: Model, digits: Any) -> None:
     assert trained.spec.edits[-1].kind == "elastic"
-    for settings in ({"width": 1.0}, {"width": 0.5}, {"width": 0.5, "depth": 1}, {"resolution": 6}):
+    for settings in ({"width": 0.5}, {"width": 0.5, "depth": 1, "resolution": 6}):
         small = cveff.apply(trained, ExtractSubNet(**settings), data=digits)
         assert evaluate(small, digits) > 0.8, settings  # chance is 0.1
 
@@ -256,5 +256,5 @@ def test_an_elastic_network_is_not_made_elastic_again_nor_changed(trained: Model
     with pytest.raises(StepError, match="is elastic already"):
         Elastic().prepare(trained, Run())
     changed = Model(replace(trained.spec, edits=(*trained.spec.edits, DropBlocks(("x",)))), trained.module)
-    with pytest.raises(StepError, match="changed after Elastic .drop_blocks."):
+    with pytest.raises(StepError, match=r"changed after Elastic \(drop_blocks\)"):
         Supernet.of(changed)
