@@ -110,6 +110,7 @@ class Int8:
         found = self._quantized()
         points = Points.of(self.model.module, self.selection, self.model.spec.input, seed=self.seed)
         with EngineTimer(target, "onnxruntime") as timer:
+            timer.use(found.of(self.model), self.onnx())
             search = MixedPrecision(self._work(), timer, points, self.max_accuracy_drop, ENOUGH)
             mixed = search.search(self.model, found, self._batches())
         for line in mixed.lines():

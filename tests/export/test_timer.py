@@ -57,6 +57,15 @@ def test_the_larger_model_is_slower_and_models_keep_their_mode(
     assert models["large"].module.training
 
 
+def test_a_file_that_is_there_is_not_exported_again(
+    models: dict[str, Model], tiny_target: Target, exports: list[str], tmp_path: Path
+) -> None:
+    with EngineTimer(tiny_target, seconds=0.2) as timer:
+        timer.use(models["small"], cveff.export(models["small"], tmp_path / "small.onnx"))
+        assert timer.milliseconds({"small": models["small"]})["small"] > 0
+    assert not exports and (tmp_path / "small.onnx").exists()
+
+
 def test_a_structure_is_exported_once(
     models: dict[str, Model], tiny_target: Target, exports: list[str]
 ) -> None:
