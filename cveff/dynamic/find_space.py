@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 from torch import nn
 
+from cveff.backbones.reparameterize import is_mergeable
 from cveff.compress.depth import removable_blocks
 from cveff.compress.groups import Analysis
 from cveff.compress.scopes import rounded
@@ -102,10 +103,15 @@ def _is_within(path: str, outer: str) -> bool:
 
 def _kernels(module: nn.Module, sides: Sequence[int]) -> tuple[tuple[int, ...], dict[str, tuple[int, ...]]]:
     """The sides, from the largest there is, and those of every depthwise convolution that has several."""
+    # Branches that export merges into one kernel know the kernels of each other.
+    branched = [path for path, part in module.named_modules() if path and is_mergeable(part)]
     depthwise = {
         path: conv
         for path, conv in module.named_modules()
-        if isinstance(conv, nn.Conv2d) and conv.groups > 1 and conv.weight.shape[1] == 1
+        if isinstance(conv, nn.Conv2d)
+        and conv.groups > 1
+        and conv.weight.shape[1] == 1
+        and not any(_is_within(path, outer) for outer in branched)
     }
     largest = max((conv.kernel_size[0] for conv in depthwise.values()), default=0)
     if not sides or min(sides) >= largest:

@@ -148,6 +148,9 @@ class Bench:
         ]
         spec = model.spec.input
         images = torch.randn(self._train.batch_size, spec.channels, *spec.size)
+        # As training lays them out in memory.
+        images = images.contiguous(memory_format=torch.channels_last)
+        model.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         targets = torch.arange(len(images)) % len(model.spec.labels)
         optimizer = torch.optim.SGD(model.module.parameters(), lr=1e-6)
         model.module.train()

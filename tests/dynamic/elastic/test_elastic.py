@@ -16,11 +16,13 @@ from torch.nn import functional as F
 
 import cveff
 import cveff.data
+from cveff.backbones.reparameterize import is_mergeable
 from cveff.compress.drop_blocks import DropBlocks
 from cveff.compress.importance import score
 from cveff.compress.prune_channels import PruneChannels
 from cveff.dynamic import Elastic, ElasticSpace, ExtractSubNet
 from cveff.dynamic.elastic_space import SubNet, space_of
+from cveff.dynamic.find_space import _kernels
 from cveff.dynamic.sandwich import Sandwich
 from cveff.dynamic.supernet import Supernet
 from cveff.edits import edit_from_json, edit_to_json
@@ -250,6 +252,16 @@ def test_what_cannot_be_elastic_is_named(net: Net) -> None:
         space_of(model.spec.edits, "resnet18")
     with pytest.raises(StepError, match="cannot take images of 3×3"):
         Elastic(resolutions=(3,)).prepare(net("vit")[0], Run())
+
+
+def test_kernels_of_branches_that_are_merged_later_stay(net: Net) -> None:
+    branched = cveff.create("fastvit_t8", num_classes=3, image_size=64).module
+    outer = [path for path, part in branched.named_modules() if path and is_mergeable(part)]
+    _, kernels = _kernels(branched, (3,))
+    assert kernels and not any(path.startswith(f"{name}.") for path in kernels for name in outer)
+    plain = net("mobilenetv3")[0].module
+    assert _kernels(plain, (7, 3)) == _kernels(plain, (3,)) and len(_kernels(plain, (3,))[1]) == 8
+    assert _kernels(plain, (7, 5)) == _kernels(plain, ()) == ((), {})
 
 
 def test_an_elastic_network_is_not_made_elastic_again_nor_changed(trained: Model) -> None:
