@@ -26,10 +26,11 @@ from cveff.dynamic.find_space import _kernels
 from cveff.dynamic.sandwich import Sandwich
 from cveff.dynamic.supernet import Supernet
 from cveff.edits import edit_from_json, edit_to_json
-from cveff.errors import CheckpointError, StepError
+from cveff.errors import CheckpointError, RecipeError, StepError
 from cveff.model import Model
 from cveff.pipeline import evaluate
 from cveff.progress import Silent
+from cveff.recipe import parse_recipe
 from cveff.steps import Run
 from cveff.train import Train
 
@@ -270,3 +271,12 @@ def test_an_elastic_network_is_not_made_elastic_again_nor_changed(trained: Model
     changed = Model(replace(trained.spec, edits=(*trained.spec.edits, DropBlocks(("x",)))), trained.module)
     with pytest.raises(StepError, match=r"changed after Elastic \(drop_blocks\)"):
         Supernet.of(changed)
+
+
+def test_a_recipe_may_begin_with_it() -> None:
+    steps = [{"kind": "elastic", "widths": [0.5]}, {"kind": "extract_subnet", "width": 0.5}]
+    recipe = parse_recipe({"data": {"source": "digits"}, "steps": steps})
+    assert recipe.phases == (Elastic(widths=(0.5,)), ExtractSubNet(width=0.5))
+    assert parse_recipe(recipe.to_json()) == recipe
+    with pytest.raises(RecipeError, match="train: is missing"):
+        parse_recipe({"data": {"source": "digits"}, "steps": [steps[1]]})
