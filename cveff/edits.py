@@ -20,6 +20,8 @@ _HOME = {
     "low_rank": "cveff.compress.low_rank_edit:LowRankEdit",
     "attention_heads": "cveff.train.growth.heads:AttentionHeads",
     "drop_blocks": "cveff.compress.drop_blocks:DropBlocks",
+    "elastic": "cveff.dynamic.elastic_space:ElasticSpace",
+    "shrink_kernels": "cveff.dynamic.shrink_kernels:ShrinkKernels",
     "prune_channels": "cveff.compress.prune_channels:PruneChannels",
     "half": "cveff.compress.quant.half:HalfGraph",
     "half_rest": "cveff.compress.quant.half_rest:HalfRest",

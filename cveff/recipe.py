@@ -20,7 +20,7 @@ from cveff.compress import Distill, LowRank, Prune, Quantize, Sparsify
 from cveff.compress.quantize import TRAINABLE
 from cveff.data.augment import Augmentation
 from cveff.data.named import NAMED
-from cveff.dynamic import EarlyExit, ReduceTokens
+from cveff.dynamic import EarlyExit, Elastic, ExtractSubNet, ReduceTokens
 from cveff.errors import RecipeError
 from cveff.recipe_settings import DataSettings, DeploySettings, ModelSettings
 from cveff.schema import parse
@@ -67,6 +67,8 @@ def _step_kinds() -> dict[str, type]:
         Quantize,
         EarlyExit,
         Incubate,
+        Elastic,
+        ExtractSubNet,
     )
     return {step.kind: step for step in steps}
 
@@ -99,7 +101,7 @@ class Recipe:
             raise RecipeError(f"seed: {self.seed!r} is negative; give 0 or more")
         if self.train is not None:
             self._check_training(self.train)
-        elif not self.model.has_weights and not (self.steps and isinstance(self.steps[0], Incubate)):
+        elif not self.model.has_weights and not isinstance(next(iter(self.steps), None), (Incubate, Elastic)):
             raise RecipeError(
                 "train: is missing, and without model.weights, model.pretrained or model.checkpoint the weights would "
                 "stay random; add a [train] table"
@@ -343,7 +345,10 @@ def parse_assignment(text: str) -> tuple[str, Any]:
 def _trains(step: Step) -> bool:
     if isinstance(step, EarlyExit):
         return step.train is not None
-    return isinstance(step, (Train, Distill, Tune, Incubate)) or getattr(step, "recover", None) is not None
+    return (
+        isinstance(step, (Train, Distill, Tune, Incubate, Elastic))
+        or getattr(step, "recover", None) is not None
+    )
 
 
 def _is_folding(step: Step) -> bool:

@@ -37,6 +37,7 @@ SCRIPTS = (
     "prune_quality",
     "latency_goals",
     "compress_chain",
+    "elastic",
     "latency_table",
     "trt_check",
     "typed_graphs",
@@ -531,3 +532,18 @@ def test_growth_passes_only_with_every_bar(benchmark_module) -> None:
         assert judged(**change)["passes"] is False
     cells[f"µP, width {subject.LARGE}, rate 0.002"]["loss"] = 0.0
     assert judged()["passes"] is False
+
+
+def test_elastic_passes_only_with_every_bar(benchmark_module) -> None:
+    elastic = benchmark_module("elastic")
+    cells = {f"0 {width:g}": {"elastic": 0.90, "alone": 0.904} for width in elastic.WIDTHS}
+    cells |= {"0 cost": {"macs": 1.9, "seconds": 2.0}}
+    cells |= {"0 evolution": {"held_out": 0.91}, "0 random": {"held_out": 0.90}}
+    assert all(bar["passes"] for bar in elastic.bars(cells, [0]).values())
+    for cell, change, bar in [
+        ("0 0.25", {"elastic": 0.898}, "points_lost"),
+        ("0 cost", {"seconds": 2.1}, "cost"),
+        ("0 random", {"held_out": 0.91}, "points_gained_by_evolution"),
+    ]:
+        found = elastic.bars({**cells, cell: cells[cell] | change}, [0])
+        assert [name for name, value in found.items() if not value["passes"]] == [bar]

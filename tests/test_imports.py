@@ -33,7 +33,7 @@ LEVELS: list[list[str]] = [
     ["cveff.recipe", "cveff.subject", "cveff.effects"],
     ["cveff.recipe_text", "cveff.run_folder", "cveff.origin"],
     ["cveff.pipeline"],
-    ["cveff.shortcut", "cveff.compression", "cveff.quantization"],
+    ["cveff.shortcut", "cveff.compression", "cveff.extraction", "cveff.quantization"],
     ["cveff.console"],
     ["cveff.cli"],
     ["cveff.__main__"],

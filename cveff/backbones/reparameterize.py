@@ -28,7 +28,7 @@ _TOLERANCE = 1e-3
 def has_branches(module: nn.Module) -> bool:
     """Whether some block of `module` can still be merged."""
     # The network itself may have a `fuse` (RepViT's walks its blocks), which stays after the merge.
-    return any(_is_mergeable(child) for child in module.modules() if child is not module)
+    return any(is_mergeable(child) for child in module.modules() if child is not module)
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Reparameterize:
         return with_module(model, module, self)
 
 
-def _is_mergeable(module: nn.Module) -> bool:
+def is_mergeable(module: nn.Module) -> bool:
     if not any(callable(getattr(module, name, None)) for name in _METHODS):
         return False
     # Merged blocks keep their class and mark themselves by `reparam_conv`.

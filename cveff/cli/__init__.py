@@ -21,6 +21,7 @@ from cveff.cli import (
     check,
     compress,
     deploy,
+    elastic,
     generate,
     measure,
     models,
@@ -56,6 +57,7 @@ app = typer.Typer(
 )
 for verbs in (train, compress, quantize, deploy, cascade, check, measure, models, generate):
     verbs.register(app)
+app.add_typer(elastic.app, name="elastic")
 app.add_typer(recipe.app, name="recipe")
 app.add_typer(targets.app, name="targets")
 

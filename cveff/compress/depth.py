@@ -54,7 +54,7 @@ def removable_blocks(module: nn.Module, trace: Trace) -> tuple[str, ...]:
     found = [
         path
         for path in _candidates(module)
-        if (ends := _ends(trace, path)) is not None and _is_residual(trace, *ends)
+        if (ends := block_ends(trace, path)) is not None and _is_residual(trace, *ends)
     ]
     inner = [path for path in found if not any(other.startswith(path + ".") for other in found)]
     order = {
@@ -178,7 +178,7 @@ def _candidates(module: nn.Module) -> list[str]:
     return found
 
 
-def _ends(trace: Trace, path: str) -> tuple[fx.Node, fx.Node] | None:
+def block_ends(trace: Trace, path: str) -> tuple[fx.Node, fx.Node] | None:
     """The one tensor that enters the module and the one that leaves it, if they are one each, of the same shape."""
     inside = {
         node

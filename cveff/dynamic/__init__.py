@@ -1,11 +1,25 @@
-"""Networks that spend less: exits for easy images, cascades of networks, fewer tokens."""
+"""Networks that spend less: exits for easy images, cascades, fewer tokens, and many networks from one training."""
 
 from __future__ import annotations
 
 from cveff.dynamic.early_exit import EarlyExit
+from cveff.dynamic.elastic import Elastic
+from cveff.dynamic.elastic_space import ElasticSpace, SubNet
 from cveff.dynamic.exits import Exits
+from cveff.dynamic.extract import ExtractSubNet
 from cveff.dynamic.reduce_tokens import ReduceTokens
 from cveff.dynamic.thresholds import Goal, solve
 from cveff.dynamic.token_edit import TokenReduction
 
-__all__ = ["EarlyExit", "Exits", "Goal", "ReduceTokens", "TokenReduction", "solve"]
+__all__ = [
+    "EarlyExit",
+    "Elastic",
+    "ElasticSpace",
+    "Exits",
+    "ExtractSubNet",
+    "Goal",
+    "ReduceTokens",
+    "SubNet",
+    "TokenReduction",
+    "solve",
+]
