@@ -54,7 +54,11 @@ def exit_points(module: nn.Module, spec: InputSpec) -> list[ExitPoint]:
     paths = {ends[path]: path for path in sorted(ends, key=len, reverse=True) if ends[path] in shares}
     ordered = sorted(paths.items(), key=lambda item: item[0])
     found = []
-    for stage in _stages(module, spec, [path for _, path in ordered]):
+    stages = _stages(module, spec, [path for _, path in ordered])
+    unready = _without_prefix(module, stages)
+    for stage in stages:
+        if stage.path in unready:
+            continue
         share = shares[ends[stage.path]]
         if _FIRST <= share <= _LAST:
             found.append(ExitPoint(stage.path, share, _pool(module, stage), stage.channels))
@@ -75,7 +79,8 @@ def named(module: nn.Module, spec: InputSpec, paths: Sequence[str]) -> list[Exit
     """The blocks a user named, in the order they run.
 
     Raises:
-        StepError: a path is no module, or its output is neither a map of features nor tokens.
+        StepError: a path is no module, or its output is neither a map of features nor tokens, or it has no class token
+            yet.
     """
     known = dict(module.named_modules())
     for path in paths:
@@ -86,13 +91,18 @@ def named(module: nn.Module, spec: InputSpec, paths: Sequence[str]) -> list[Exit
             )
     traced = trace(module, spec)
     ends, done = _ends(traced), _cumulative(traced)
-    stages = {stage.path: stage for stage in _stages(module, spec, paths)}
+    every = _stages(module, spec, [*dict.fromkeys([*ends, *paths])])
+    stages, unready = {stage.path: stage for stage in every}, _without_prefix(module, every)
     for path in paths:
         if path not in stages or path not in ends:
             raise StepError(
                 f"early_exit.exits: {path!r} gives neither a map of features (N, C, H, W) nor tokens (N, "
                 f"L, C), or runs "
                 "no operator of its own; name a block"
+            )
+        if path in unready:
+            raise StepError(
+                f"early_exit.exits: {path!r} comes before the network's class and register tokens; name a block"
             )
     ordered = sorted(dict.fromkeys(paths), key=lambda path: ends[path])
     return [
@@ -164,6 +174,14 @@ def _stages(module: nn.Module, spec: InputSpec, paths: Sequence[str]) -> list[St
         module.train(was_training)
     found = [stage_of(path, outputs.get(path), spec.size) for path in paths]
     return [stage for stage in found if stage is not None]
+
+
+def _without_prefix(module: nn.Module, stages: Sequence[Stage]) -> set[str]:
+    """Paths whose tokens are the image's alone, class and register tokens being put before them later."""
+    prefix, lengths = num_prefix_tokens(module), {stage.positions for stage in stages if stage.is_tokens}
+    return {
+        stage.path for stage in stages if prefix and stage.is_tokens and stage.positions + prefix in lengths
+    }
 
 
 def _is_block(module: nn.Module, path: str) -> bool:

@@ -74,6 +74,11 @@ class Meter:
         self._module = module
         self._flops: dict[tuple[int, ...], float] = {}
 
+    def follow(self, module: nn.Module) -> None:
+        """Count `module`, which takes the network's place, from here on."""
+        self._module = module
+        self._flops.clear()
+
     def count(self, images: Tensor, layer_tokens: int, device: torch.device) -> None:
         """Add a batch (B, C, H, W) that goes forward and backward; `layer_tokens` of each image, see `Compute`."""
         # Once for each size and number of tokens: what a step costs depends on nothing else.

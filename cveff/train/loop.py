@@ -119,11 +119,11 @@ class _Trainer:
         self.growth = Growing(model, settings.grow, total_steps, run.seed)
         if settings.grow and objective.extra is not None:
             raise StepError("train.grow changes layers that this objective is fitted to; train without it")
+        self.meter = Meter(model.module)
         self._take(self.growth.start)
         self.step = 0
         self.deadline: Deadline | None = None
         self.begun: float | None = None
-        self.meter = Meter(self.module)
         self.thinning = Thinning(self.model, settings, run.device)
         warmup_steps = round(settings.warmup_epochs * self.batches_per_epoch)
         self.course: Course = Epochs(
@@ -140,6 +140,7 @@ class _Trainer:
         settings = self.settings
         self.model = model
         self.module: nn.Module = model.module.to(self.run.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.meter.follow(self.module)
         self.optimizer = choose_optimizers(self.module, self.extra, settings, self.run.device)
         if settings.mup_base_width is not None:
             rule = parametrization(model, settings.mup_base_width, settings.optimizer, self.run.seed)  # type: ignore[arg-type]
@@ -153,8 +154,6 @@ class _Trainer:
         model, optimizer, average = self.model, self.optimizer, self.average
         grown = self.growth.grow(model, self.step)
         self._take(grown.model)
-        meter = Meter(self.module)
-        self.meter, meter.compute = meter, self.meter.compute
         assert isinstance(optimizer, ScheduledOptimizers) and isinstance(self.optimizer, ScheduledOptimizers)
         carry_optimizer(optimizer, self.optimizer, (model.module, self.module), grown.placement)
         if average and self.average:

@@ -48,7 +48,7 @@ def test_exits_leave_the_answer_and_come_back_from_disk(name: str, arguments: di
         answers = made.module.answers(batch)
         assert torch.equal(made.module(batch), model.module.eval()(batch))
         assert torch.equal(answers[-1], made.module(batch))
-    assert all(answer.shape == (3, 5) for answer in answers)
+    assert all(answer.shape == (3, 5) and answer.isfinite().all() for answer in answers)
     assert 2 <= len(answers) <= 4
     cveff.save(made, tmp_path / "model")
     again = cveff.load(tmp_path / "model")
@@ -121,7 +121,7 @@ def test_joint_loss_is_the_sum_over_exits() -> None:
     expected = sum(
         torch.nn.functional.cross_entropy(a, targets, reduction="sum") for a in made.module.answers(batch)
     )
-    assert torch.equal(loss, expected)
+    assert torch.allclose(loss, expected)  # summed in another order
 
 
 def test_bad_input_is_named() -> None:
@@ -149,11 +149,14 @@ def test_bad_input_is_named() -> None:
         cveff.apply(model, Exits(("layer9",), ("planes",), (8,), 5))
     with pytest.raises(CheckpointError, match="there must be one of each"):
         Exits(("layer9",), (), (8,), 5)
+    tokens = create("vit_base_patch16_reg4_gap_256", dict(ARCHITECTURES)["vit_base_patch16_reg4_gap_256"])
+    with pytest.raises(StepError, match="'patch_embed' comes before the network's class and register tokens"):
+        cveff.apply(tokens, EarlyExit(exits=("patch_embed",), train=None))
 
 
 def test_steps_that_change_blocks_come_first_in_a_recipe() -> None:
     values = {"data": {"source": "digits"}, "train": {"epochs": 1, "warmup_epochs": 0}}
-    steps = [{"kind": "early_exit", "exits": ["stages.0"]}, {"kind": "prune"}]
+    steps = [{"kind": "early_exit", "exits": ["stages.0"]}, {"kind": "prune", "macs": 0.5}]
     with pytest.raises(RecipeError, match=r"steps\[1\]: prune comes after early_exit"):
         parse_recipe({**values, "steps": steps})
     found = parse_recipe({**values, "steps": steps[:1]})
