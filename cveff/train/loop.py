@@ -37,7 +37,9 @@ from cveff.train.objective import Constraint, CrossEntropy, Objective
 from cveff.train.offload import choose_optimizers
 from cveff.train.optimizers import ScheduledOptimizers
 from cveff.train.precision import choose_precision
-from cveff.train.state import differences, identity, load_state, save_state
+from cveff.train.sharded import cut_moments, load_whole
+from cveff.train.spread import Spread
+from cveff.train.state import differences, identity, load_state
 from cveff.train.thinning import Thinning
 from cveff.train.timing import evaluation_seconds
 
@@ -89,6 +91,7 @@ def fit(model: Model, settings: Train, run: Run, objective: Objective | None = N
         stack.callback(trainer.optimizer.close)
         if settings.checkpoint_activations:
             stack.enter_context(checkpointed(trainer.module))
+        stack.enter_context(trainer.spread.batch_norms(trainer.module))
         return trainer.train()
 
 
@@ -105,9 +108,14 @@ class _Trainer:
         val_split: Split,
     ) -> None:
         self.started = time.monotonic()
+        self.spread = Spread(settings, objective, run.device)
+        run = self.spread.quiet(run)
         self.model, self.settings, self.run, self.objective = model, settings, run, objective
         self.feed = Feed(model, settings, run, train_split)
         self.train_split, self.val_split = self.feed.split, val_split
+        self.val_part = self.spread.validation_part(val_split)
+        self.batch_images = min(settings.batch_size, len(self.train_split))
+        self.spread.require_images(self.batch_images)
         exact = any(getattr(edit, "needs_float32", False) for edit in model.spec.edits)
         wanted = "fp32" if exact and settings.precision == "auto" else settings.precision
         self.precision = choose_precision(wanted, run.device)
@@ -139,14 +147,18 @@ class _Trainer:
         """Train `model` from here on, with an optimizer and a moving average of its own."""
         settings = self.settings
         self.model = model
-        self.module: nn.Module = model.module.to(self.run.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.optimizer = choose_optimizers(self.module, self.extra, settings, self.run.device)
+        self.module = self.spread.place(model.module)
+        rule = None
         if settings.mup_base_width is not None:
             rule = parametrization(model, settings.mup_base_width, settings.optimizer, self.run.seed)  # type: ignore[arg-type]
             initialize(self.module, rule)
+        self.average = MovingAverage(self.module, settings.ema) if settings.ema else None
+        self.spread.shard(self.module, *([self.average.module] if self.average else []))
+        self.optimizer = choose_optimizers(self.module, self.extra, settings, self.run.device)
+        if rule is not None:
             assert isinstance(self.optimizer, ScheduledOptimizers)
             self.optimizer = with_rates(self.optimizer, self.module, rule)
-        self.average = MovingAverage(self.module, settings.ema) if settings.ema else None
+        self.loss = self.spread.loss(self.objective, self.module, self.extra)
 
     def _grow(self) -> None:
         """Put the next, larger network in this one's place."""
@@ -201,14 +213,15 @@ class _Trainer:
                 self._require_finite(losses, images)
             # Never between an epoch's last batch and its validation, which a resumed run would skip.
             is_within_epoch = self.step % self.batches_per_epoch != 0
-            if self.run.folder and is_within_epoch and time.monotonic() - self.last_saved > limit:
+            is_due = is_within_epoch and time.monotonic() - self.last_saved > limit
+            if self.run.folder and self.spread.decided(is_due):
                 self._require_finite(losses, images)  # a state of weights that are no numbers would be no use
                 self._save_state()
             if self.course.after_step(self.step):
                 break
         self._require_finite(losses, images)
         self.epoch_figures |= {
-            "train/loss": float(torch.stack(losses).mean()),
+            "train/loss": self.spread.mean(losses),
             "train/learning_rate": settings.peak_learning_rate
             * self.course.factor(settings.schedule, self.step - 1),
             "train/images_per_second": len(losses) * settings.batch_size / (time.monotonic() - started),
@@ -232,6 +245,7 @@ class _Trainer:
                 chosen=self.feed.batches(
                     epoch, first, lambda index: self.course.share(epoch * self.batches_per_epoch + index)
                 ),
+                share=self.spread.share,
             ):
                 yield batch
                 if self.growth.is_due(self.step):
@@ -251,26 +265,25 @@ class _Trainer:
         """One optimizer step on one batch; the mean loss, still on the device."""
         settings = self.settings
         # Dropout and stochastic depth draw from torch's own generator: seeding it by step makes them resumable.
-        torch.manual_seed(int(np.random.SeedSequence([self.run.seed, epoch, self.step]).generate_state(1)[0]))
+        key = [self.run.seed, epoch, self.step, *([rank] if (rank := self.spread.share.rank) else [])]
+        torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
         self.optimizer.set_factor(self.course.factor(settings.schedule, self.step))
         self.growth.before_step(self.step)
-        weights = self.feed.weights(epoch, self.step - epoch * self.batches_per_epoch)
+        weights = self.feed.weights(epoch, self.step - epoch * self.batches_per_epoch, self.spread.share)
         if weights is not None:
             targets = weighted(targets, weights, len(self.model.spec.labels), settings.label_smoothing)
         images = self.thinning.prepare(images, self.course.share(self.step))
         with self._autocast():
-            self.meter.count(images, self.thinning.layer_tokens, self.run.device)
+            self.meter.count(images, self.thinning.layer_tokens, self.run.device, self.batch_images)
         self.optimizer.zero_grad()
         total = torch.zeros((), device=self.run.device)
-        for part, answers in zip(
-            images.chunk(settings.accumulation), targets.chunk(settings.accumulation), strict=True
-        ):
-            with self._autocast():
-                loss = self.objective.loss(
-                    self.module, part.to(self.run.device, non_blocking=True), answers.to(self.run.device)
-                )
-            loss = loss / len(images)
-            self.scaler.scale(loss).backward()
+        for part, answers, context in self.spread.parts(self.loss, images, targets):
+            with context:
+                with self._autocast():
+                    loss = self.loss(part.to(self.run.device, non_blocking=True), answers.to(self.run.device))
+                loss = loss / self.batch_images
+                # Gradients are averaged over ranks, whose parts of the batch need not be equal.
+                self.scaler.scale(loss * self.spread.share.world).backward()
             total += loss.detach()
         if self.run.device.type == "cpu" and not bool(torch.isfinite(total)):
             # Before the update, which makes every weight like it. A GPU would have to be waited for at each step.
@@ -308,15 +321,17 @@ class _Trainer:
         if is_last or is_due:
             module = self.average.module if self.average else self.module
             started = time.monotonic()
-            figures = evaluate(module, self.val_split, self.model.spec.input, self._autocast())
+            self.spread.validating(module)
+            gather = self.spread.gather(len(self.val_split))
+            figures = evaluate(module, self.val_part, self.model.spec.input, self._autocast(), gather)
             self.meter.compute.evaluation_seconds += time.monotonic() - started
             self.epoch_figures |= {"val/accuracy": figures["accuracy"], "val/loss": figures["loss"]}
             if self.growth.is_complete(self.step) and figures["accuracy"] > self.best_accuracy:
                 self.best_accuracy, self.best_epoch = figures["accuracy"], epoch
                 self.best_weights = {
-                    name: value.detach().cpu().clone() for name, value in module.state_dict().items()
+                    name: value.detach().cpu().clone() for name, value in self.spread.weights(module).items()
                 }
-                if self.run.folder:
+                if self.run.folder and self.spread.writes:
                     self._save_model(self.best_weights, "best")
             of = f"/{settings.epochs}" if budget is None else f", {100 * budget.share:.0f}% of the budget"
             best = f"  best {100 * self.best_accuracy:.2f}%" if self.best_epoch >= 0 else ""
@@ -333,9 +348,11 @@ class _Trainer:
         self.epoch_figures = {}
         if self.run.folder:
             if self.finished:
-                self._save_model((self.average.module if self.average else self.module).state_dict(), "last")
+                last = self.spread.weights(self.average.module if self.average else self.module)
+                self._save_model(last, "last")
             self._save_state()
-            write_json(self.run.folder / SUMMARY, consumed)
+            if self.spread.writes:
+                write_json(self.run.folder / SUMMARY, consumed)
         if stop and not is_last:
             self.run.progress.message(
                 f"stopped early: no better validation accuracy for {settings.patience} epochs"
@@ -382,19 +399,21 @@ class _Trainer:
 
     def _kept(self) -> Model:
         self.thinning.remove()
+        module = self.spread.plain(self.model, self.module)
         if self.settings.keep == "best" and self.best_weights:
-            self.module.load_state_dict(self.best_weights)
-        elif self.average:
-            self.module.load_state_dict(self.average.module.state_dict())
-        return Model(self.model.spec, self.module.cpu().eval())
+            module.load_state_dict(self.best_weights)
+        elif self.average or module is not self.module:
+            module.load_state_dict(self.spread.weights(self.average.module if self.average else self.module))
+        return Model(self.model.spec, module.cpu().eval())
 
     def _save_model(self, weights: dict[str, torch.Tensor], name: str) -> None:
         assert self.run.folder is not None
-        save_weights(self.model.spec, weights, self.run.folder / name)
+        if self.spread.writes:
+            save_weights(self.model.spec, weights, self.run.folder / name)
 
     def _save_state(self) -> None:
         assert self.run.folder is not None
-        save_state(
+        self.spread.save(
             self.run.folder / "state.safetensors",
             {
                 "settings": self._identity(),
@@ -430,11 +449,11 @@ class _Trainer:
             self._take(build(spec))
         self.growth.resume(self.module, state["step"])
         self._mask()
-        self.module.load_state_dict(state["module"])
+        load_whole(self.module, state["module"])
         if self.average:
-            self.average.module.load_state_dict(state["average"])
+            load_whole(self.average.module, state["average"])
         self.extra.load_state_dict(state.get("extra", {}))
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(cut_moments(state["optimizer"], self.optimizer.optimizers))
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
         self.step, self.finished = state["step"], state["finished"]
@@ -465,12 +484,13 @@ class _Trainer:
     ) -> None:
         # Loss scaling makes gradients overflow by design, and skips those steps.
         module = nn.Module() if self.scaler.is_enabled() else self.module
+        is_alone = self.spread.share.world == 1  # to look for the layer, others would have to take part
         path = self.run.folder / "state.safetensors" if self.run.folder else None
         require_finite(
             losses,
             module,
             step=self.step if step is None else step,
             learning_rate=self.settings.peak_learning_rate,
-            images=images.to(self.run.device),
+            images=images.to(self.run.device) if is_alone else None,
             kept=f"; the last good state is {path}" if path is not None and path.is_file() else "",
         )
