@@ -7,7 +7,7 @@ import itertools
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,10 +15,10 @@ import torch
 from torch import nn
 
 from cveff.data.dataset import Split
-from cveff.errors import CheckpointError, StepError
+from cveff.errors import StepError
 from cveff.files import write_json
 from cveff.measure.training_memory import MemoryTracker
-from cveff.model import Model, build, save_weights
+from cveff.model import Model, save_weights
 from cveff.steps import Clock, Run
 from cveff.train.budget import Budget
 from cveff.train.checkpointing import checkpointed
@@ -37,9 +37,8 @@ from cveff.train.objective import Constraint, CrossEntropy, Objective
 from cveff.train.offload import choose_optimizers
 from cveff.train.optimizers import ScheduledOptimizers
 from cveff.train.precision import choose_precision
-from cveff.train.sharded import cut_moments, load_whole
+from cveff.train.snapshot import STATE, keep_state, resume
 from cveff.train.spread import Spread
-from cveff.train.state import differences, identity, load_state
 from cveff.train.thinning import Thinning
 from cveff.train.timing import evaluation_seconds
 
@@ -86,7 +85,7 @@ def fit(model: Model, settings: Train, run: Run, objective: Objective | None = N
     for edit in model.spec.edits:
         if isinstance(edit, Constraint):
             objective = edit.constrained(objective, model.module)
-    trainer = _Trainer(model, settings, run, objective, run.data.train, run.data.val)
+    trainer = Trainer(model, settings, run, objective, run.data.train, run.data.val)
     with ExitStack() as stack:
         stack.callback(trainer.optimizer.close)
         if settings.checkpoint_activations:
@@ -95,7 +94,7 @@ def fit(model: Model, settings: Train, run: Run, objective: Objective | None = N
         return trainer.train()
 
 
-class _Trainer:
+class Trainer:
     """The live objects of one run and what is saved of them."""
 
     def __init__(
@@ -127,7 +126,7 @@ class _Trainer:
         self.growth = Growing(model, settings.grow, total_steps, run.seed)
         if settings.grow and objective.extra is not None:
             raise StepError("train.grow changes layers that this objective is fitted to; train without it")
-        self._take(self.growth.start)
+        self.take(self.growth.start)
         self.step = 0
         self.deadline: Deadline | None = None
         self.begun: float | None = None
@@ -143,7 +142,7 @@ class _Trainer:
         self.last_saved = time.monotonic()
         self.epoch_figures: dict[str, float] = {}
 
-    def _take(self, model: Model) -> None:
+    def take(self, model: Model) -> None:
         """Train `model` from here on, with an optimizer and a moving average of its own."""
         settings = self.settings
         self.model = model
@@ -164,14 +163,14 @@ class _Trainer:
         """Put the next, larger network in this one's place."""
         model, optimizer, average = self.model, self.optimizer, self.average
         grown = self.growth.grow(model, self.step)
-        self._take(grown.model)
+        self.take(grown.model)
         meter = Meter(self.module)
         self.meter, meter.compute = meter, self.meter.compute
         assert isinstance(optimizer, ScheduledOptimizers) and isinstance(self.optimizer, ScheduledOptimizers)
         carry_optimizer(optimizer, self.optimizer, (model.module, self.module), grown.placement)
         if average and self.average:
             grown.carry(Model(model.spec, average.module), self.average.module)
-        self._mask()
+        self.mask()
         self.module.train()
         self.run.log.write(self.step, {"growth/difference": grown.difference})
         self.run.progress.message(
@@ -179,14 +178,15 @@ class _Trainer:
             f"{grown.difference:.1g}"
         )
 
-    def _mask(self) -> None:
+    def mask(self) -> None:
+        """Give the weights that growth brought their present share."""
         self.growth.mask(self.module)
         if self.average:
             self.growth.mask(self.average.module)
 
     def train(self) -> Model:
         if self.run.resume:
-            self._resume()
+            resume(self)
         # The second step is the first that finds the optimizer's state there.
         self.watched_step = min(self.step + 1, self.course.total_steps - 1)
         if not self.finished:
@@ -216,7 +216,7 @@ class _Trainer:
             is_due = is_within_epoch and time.monotonic() - self.last_saved > limit
             if self.run.folder and self.spread.decided(is_due):
                 self._require_finite(losses, images)  # a state of weights that are no numbers would be no use
-                self._save_state()
+                keep_state(self)
             if self.course.after_step(self.step):
                 break
         self._require_finite(losses, images)
@@ -342,7 +342,7 @@ class _Trainer:
         stop = bool(settings.patience) and epoch - self.best_epoch >= settings.patience
         stop = stop and self.growth.is_complete(self.step)
         self.finished = stop or is_last
-        consumed = self._compute().figures(len(self.train_split))
+        consumed = self.compute().figures(len(self.train_split))
         self.epoch_figures |= {f"seen/{name}": value for name, value in consumed.items()}
         self.run.log.write(self.step, {"epoch": epoch + 1, **self.epoch_figures})
         self.epoch_figures = {}
@@ -350,7 +350,7 @@ class _Trainer:
             if self.finished:
                 last = self.spread.weights(self.average.module if self.average else self.module)
                 self._save_model(last, "last")
-            self._save_state()
+            keep_state(self)
             if self.spread.writes:
                 write_json(self.run.folder / SUMMARY, consumed)
         if stop and not is_last:
@@ -369,7 +369,7 @@ class _Trainer:
         budget = Budget(settings.budget, clock, spent=spent, begun=self.begun)
         started = time.monotonic()
         if run.folder:
-            self._save_state()
+            keep_state(self)
         module, spec = self.average.module if self.average else self.module, self.model.spec.input
         self.course = self.deadline = Deadline(
             budget,
@@ -391,7 +391,7 @@ class _Trainer:
         for module in (self.module, *([self.average.module] if self.average else [])):
             self.objective.after_step(module, self.step, self.step)
 
-    def _compute(self) -> Compute:
+    def compute(self) -> Compute:
         """What the run has consumed so far."""
         seconds = self.meter.compute.seconds + time.monotonic() - self.started
         seconds = seconds if self.deadline is None else self.deadline.budget.elapsed
@@ -411,69 +411,6 @@ class _Trainer:
         if self.spread.writes:
             save_weights(self.model.spec, weights, self.run.folder / name)
 
-    def _save_state(self) -> None:
-        assert self.run.folder is not None
-        self.spread.save(
-            self.run.folder / "state.safetensors",
-            {
-                "settings": self._identity(),
-                "step": self.step,
-                "finished": self.finished,
-                "best_accuracy": self.best_accuracy,
-                "best_epoch": self.best_epoch,
-                "best_weights": self.best_weights,
-                "module": self.module.state_dict(),
-                "average": self.average.module.state_dict() if self.average else {},
-                "extra": self.extra.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "scaler": self.scaler.state_dict(),
-                "compute": asdict(self._compute()),
-                "begun": self.begun if self.deadline is None else self.deadline.budget.begun,
-            },
-        )
-        self.last_saved = time.monotonic()
-
-    def _resume(self) -> None:
-        path = self.run.folder / "state.safetensors" if self.run.folder else None
-        if path is None or not path.is_file():
-            return
-        state = load_state(path)
-        changed = differences(state.get("settings", {}), self._identity())
-        if changed:
-            raise CheckpointError(
-                f"{path} was written by a run with other settings ({changed}); resume with the same ones, "
-                "or train into another folder"
-            )
-        spec = self.growth.spec_at(state["step"])
-        if spec != self.model.spec:
-            self._take(build(spec))
-        self.growth.resume(self.module, state["step"])
-        self._mask()
-        load_whole(self.module, state["module"])
-        if self.average:
-            load_whole(self.average.module, state["average"])
-        self.extra.load_state_dict(state.get("extra", {}))
-        self.optimizer.load_state_dict(cut_moments(state["optimizer"], self.optimizer.optimizers))
-        if self.scaler.is_enabled():
-            self.scaler.load_state_dict(state["scaler"])
-        self.step, self.finished = state["step"], state["finished"]
-        self.best_accuracy, self.best_epoch = state["best_accuracy"], state["best_epoch"]
-        self.best_weights = state["best_weights"]
-        self.meter.compute = Compute(**state.get("compute", {}))
-        self.begun = state.get("begun")
-        self.run.log.rewind(self.step)
-        self.run.progress.message(f"resumed at step {self.step} of {self.course.total_steps}")
-
-    def _identity(self) -> dict[str, Any]:
-        return identity(
-            asdict(self.settings),
-            dict(self.objective.identity()),
-            precision=str(self.precision),
-            model=self.given.to_json(),
-            images=len(self.train_split),
-            seed=self.run.seed,
-        )
-
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.precision == torch.float32:
             return nullcontext()
@@ -485,7 +422,7 @@ class _Trainer:
         # Loss scaling makes gradients overflow by design, and skips those steps.
         module = nn.Module() if self.scaler.is_enabled() else self.module
         is_alone = self.spread.share.world == 1  # to look for the layer, others would have to take part
-        path = self.run.folder / "state.safetensors" if self.run.folder else None
+        path = self.run.folder / STATE if self.run.folder else None
         require_finite(
             losses,
             module,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, distributed
 
 from cveff.data.share import Share
-from cveff.errors import CheckpointError
+from cveff.errors import CheckpointError, CveffError
 from cveff.files import write_tensors
 from cveff.runtime.errors import first_line
 from cveff.runtime.files import writable
@@ -43,7 +43,15 @@ def save_shards(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str
             folder.mkdir(parents=True)
         distributed.barrier()
         writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-        checkpoint.save(dict(tensors), storage_writer=writer)
+        try:
+            checkpoint.save(dict(tensors), storage_writer=writer)
+        except checkpoint.CheckpointException as error:
+            ranks = ", ".join(map(str, sorted(error.failures)))
+            reason = first_line(next(iter(error.failures.values()))[0])
+            raise CveffError(
+                f"rank {ranks} cannot write its part of {path} ({reason}); the state before it is left as it was; "
+                "free space there"
+            ) from error
         distributed.barrier()
     if share.rank == 0:
         shapes = {name: list(value.shape) for name, value in tensors.items()}
@@ -57,6 +65,7 @@ def load_shards(path: Path, metadata: Mapping[str, str]) -> dict[str, Tensor]:
     Raises:
         CheckpointError: a part is missing or damaged.
     """
+    from safetensors import SafetensorError
     from torch.distributed import checkpoint
     from torch.distributed.checkpoint import HuggingFaceStorageReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -83,7 +92,14 @@ def load_shards(path: Path, metadata: Mapping[str, str]) -> dict[str, Tensor]:
             assert isinstance(entry, TensorStorageMetadata)
             tensors[name] = torch.empty(shape, dtype=entry.properties.dtype)
         checkpoint.load(tensors, storage_reader=reader, no_dist=True)
-    except (OSError, RuntimeError, ValueError, KeyError, AttributeError) as error:
+    except (
+        checkpoint.CheckpointException,
+        SafetensorError,
+        OSError,
+        RuntimeError,
+        ValueError,
+        KeyError,
+    ) as error:
         raise CheckpointError(f"{folder} is damaged ({first_line(error)}); train again") from error
     return tensors
 

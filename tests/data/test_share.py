@@ -17,7 +17,7 @@ from cveff.data.share import Share
 from cveff.errors import DataError
 from cveff.runtime.input_spec import InputSpec
 
-SPEC = InputSpec((8, 8), 1)
+SPEC = InputSpec((8, 8), 1, mean=(0.3,), std=(0.35,))
 RECIPE = Augmentation(flip="random", crop_padding=1, erasing=0.5)
 
 
@@ -56,8 +56,8 @@ def test_a_part_is_prepared_as_in_the_whole_batch(augmentation: Augmentation) ->
 def batches(
     split: Split,
     augmentation: Augmentation,
-    share: Share = Share(),
-    **options: int,  # noqa: B008
+    share: Share = Share(),  # noqa: B008  (frozen)
+    **options: int,
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     settings = {"num_classes": 10, "seed": 1, "epoch": 2, "share": share, **options}
     return list(split.subset(np.arange(50)).training_batches(SPEC, 13, augmentation, **settings))  # type: ignore[arg-type]

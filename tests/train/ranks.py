@@ -18,7 +18,7 @@ from cveff.log import FileLog
 from cveff.model import Model
 from cveff.runtime.input_spec import InputSpec
 from cveff.train import Distributed, Train, joined
-from cveff.train.loop import _Trainer
+from cveff.train.loop import Trainer
 
 MIXING = Augmentation(flip="alternating", crop_padding=1, erasing=0.5, cutmix=1.0)
 # 17 pairs of mixed images: ranks get 18 and 16 of a batch.
@@ -60,19 +60,19 @@ def network(name: str, data: Data, seed: int = 0) -> Model:
 @contextmanager
 def stopping() -> Iterator[None]:
     """Within the block a run stops after its first epoch, whose state it has kept."""
-    validate = _Trainer._validate
+    validate = Trainer._validate
 
-    def stop(self: _Trainer, epoch: int) -> bool:
+    def stop(self: Trainer, epoch: int) -> bool:
         validate(self, epoch)
         raise StoppedError
 
-    _Trainer._validate = stop  # type: ignore[method-assign]
+    Trainer._validate = stop  # type: ignore[method-assign]
     try:
         yield
     except StoppedError:
         pass
     finally:
-        _Trainer._validate = validate  # type: ignore[method-assign]
+        Trainer._validate = validate  # type: ignore[method-assign]
 
 
 def train(name: str, settings: Train, data: Data, folder: Path, seed: int = 0) -> Model:

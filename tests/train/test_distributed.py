@@ -25,7 +25,7 @@ from cveff.train.objective import CrossEntropy, Objective
 from cveff.train.spread import Spread
 
 sys.path.insert(0, str(Path(__file__).parent))
-from ranks import CONV, VIT, images, network, stopping, train  # noqa: E402
+from ranks import CONV, VIT, images, network, stopping, train
 
 ROOT = Path(__file__).parents[2]
 # Sums over ranks round differently. After six steps of SGD that is the fifth digit; where a gradient is nearly
@@ -165,7 +165,7 @@ def pid_of(launcher: int, rank: int) -> int:
     ("settings", "message"),
     [
         (Train(budget="1m"), "train.budget is for one process"),
-        (Train(grow=(Growth(at=0.0, depth=1),)), "train.grow is for one process"),
+        (Train(grow=(Growth(at=0.0, depth=1), Growth(at=0.5, depth=2))), "train.grow is for one process"),
         (Train(curriculum=Curriculum(metrics=("edges",))), "from a file, not by measuring 'edges'"),
         (Train(optimizer="muon", distributed=Distributed("fsdp2")), "optimizer = 'muon' needs whole weights"),
         (Train(precision="fp16", distributed=Distributed("fsdp2")), "'fp16' needs whole weights"),
