@@ -88,17 +88,22 @@ def joined(device: torch.device, settings: Distributed | None = None) -> Iterato
             )
         torch.cuda.set_device(local)
         backend = "cpu:gloo,cuda:nccl"  # short messages stay on the CPU: no GPU is waited for
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
+
     timeout = timedelta(minutes=(settings or Distributed()).timeout_minutes)
-    store, rank, world = next(distributed.rendezvous("env://", timeout=timeout))
+    store, rank, world = next(rendezvous("env://", timeout=timeout))
     store.set_timeout(timeout)
-    _wait_for_all(distributed.PrefixStore("cveff/begin", store), share, timeout.total_seconds())
-    group_store = distributed.PrefixStore("cveff/group", store)
+    # What an earlier group of these processes left in the store must not be taken for this one's.
+    store = PrefixStore(f"cveff/{store.add(f'cveff/groups/{rank}', 1)}", store)
+    _wait_for_all(PrefixStore("begin", store), share, timeout.total_seconds())
+    group_store = PrefixStore("group", store)
     distributed.init_process_group(backend, store=group_store, rank=rank, world_size=world, timeout=timeout)
     try:
         yield share
         distributed.barrier()
     except (Exception, KeyboardInterrupt) as error:
-        _raise_for_lost(error, distributed.PrefixStore("cveff/end", store), share)
+        _raise_for_lost(error, PrefixStore("end", store), share)
         raise
     finally:
         # After a failure torch would wait here for ranks that are gone.

@@ -18,7 +18,7 @@ def is_sharded(value: object) -> bool:
 
 def local(value: Tensor) -> Tensor:
     """The part of a tensor that this process holds; a whole tensor as it is."""
-    return value.to_local() if is_sharded(value) else value  # type: ignore[operator]
+    return value.to_local() if is_sharded(value) else value  # type: ignore[attr-defined]
 
 
 def whole(tree: Any) -> Any:

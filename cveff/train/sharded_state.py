@@ -32,8 +32,9 @@ def save_shards(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str
     Raises:
         CveffError: a file cannot be written, or the disk is full; an earlier state is left as it was.
     """
-    from torch.distributed import checkpoint
-    from torch.distributed.checkpoint import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
 
     name = SHARDS[decided(_named(path) == SHARDS[0], share)]
     folder = path.parent / name
@@ -44,8 +45,8 @@ def save_shards(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str
         distributed.barrier()
         writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
         try:
-            checkpoint.save(dict(tensors), storage_writer=writer)
-        except checkpoint.CheckpointException as error:
+            save(dict(tensors), storage_writer=writer)
+        except CheckpointException as error:
             ranks = ", ".join(map(str, sorted(error.failures)))
             reason = first_line(next(iter(error.failures.values()))[0])
             raise CveffError(
@@ -66,9 +67,10 @@ def load_shards(path: Path, metadata: Mapping[str, str]) -> dict[str, Tensor]:
         CheckpointError: a part is missing or damaged.
     """
     from safetensors import SafetensorError
-    from torch.distributed import checkpoint
-    from torch.distributed.checkpoint import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+    from torch.distributed.checkpoint.state_dict_loader import load
 
     if metadata["shards"] not in SHARDS:
         raise CheckpointError(f"{path} names the parts {metadata['shards']!r}; delete it and train again")
@@ -91,9 +93,9 @@ def load_shards(path: Path, metadata: Mapping[str, str]) -> dict[str, Tensor]:
                 )
             assert isinstance(entry, TensorStorageMetadata)
             tensors[name] = torch.empty(shape, dtype=entry.properties.dtype)
-        checkpoint.load(tensors, storage_reader=reader, no_dist=True)
+        load(tensors, storage_reader=reader, no_dist=True)
     except (
-        checkpoint.CheckpointException,
+        CheckpointException,
         SafetensorError,
         OSError,
         RuntimeError,
