@@ -106,7 +106,6 @@ def joined(device: torch.device, settings: Distributed | None = None) -> Iterato
         _raise_for_lost(error, PrefixStore("end", store), share)
         raise
     finally:
-        # After a failure torch would wait here for ranks that are gone.
         if distributed.is_initialized():
             distributed.destroy_process_group()
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from cveff.errors import CheckpointError
 from cveff.model import build
-from cveff.train.compute import Compute
+from cveff.train.compute import Compute, Meter
 from cveff.train.sharded import cut_moments, load_whole
 from cveff.train.state import differences, identity, load_state
 
@@ -77,6 +77,7 @@ def resume(run: Trainer) -> None:
     run.step, run.finished = state["step"], state["finished"]
     run.best_accuracy, run.best_epoch = state["best_accuracy"], state["best_epoch"]
     run.best_weights = state["best_weights"]
+    run.meter = Meter(run.module)
     run.meter.compute = Compute(**state.get("compute", {}))
     run.begun = state.get("begun")
     run.run.log.rewind(run.step)
