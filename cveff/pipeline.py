@@ -15,7 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from cveff.apply import apply, check_steps, timer_of
+from cveff.apply import apply, check_steps, device_of, timer_of
 from cveff.data import Data, channel_statistics
 from cveff.data import load as load_data
 from cveff.data.dataset import Split
@@ -34,6 +34,7 @@ from cveff.subject import open_model
 from cveff.target import load_target
 from cveff.train import Train
 from cveff.train.budget import parse_duration
+from cveff.train.distributed import joined
 from cveff.train.incubation import Incubate
 from cveff.train.loop import SUMMARY
 from cveff.train.timing import evaluation_seconds
@@ -156,7 +157,10 @@ def run(
             effects.note(START, START, model)
         exports = recipe.deploy is not None and bundle
         for step, folder in ahead:
-            with FileLog(out / "train" / folder.name, tensorboard=tensorboard) as log:
+            with ExitStack() as inner:
+                log = inner.enter_context(FileLog(out / "train" / folder.name, tensorboard=tensorboard))
+                if isinstance(step, Train) and step is recipe.train:
+                    inner.enter_context(joined(device_of(device), step.distributed))
                 model = apply(
                     model,
                     step,
@@ -190,6 +194,36 @@ def run(
     if recipe.deploy is None or not bundle:
         return result
     return replace(result, deployment=_deploy(model, recipe, data, result, resume, progress))
+
+
+def assist(
+    recipe: Recipe,
+    *,
+    out: str | Path,
+    resume: bool = False,
+    overwrite: bool = False,
+    device: str | None = None,
+) -> None:
+    """What ranks beside the first do of `run`: their part of the recipe's training. The arguments are those of `run`.
+
+    What follows training is rank 0's alone.
+    """
+    step, out = recipe.train, Path(out)
+    name = f"0-{Train.kind}"
+    if step is None or ((out / "phases" / name).is_dir() and not overwrite):
+        return
+    data = images_of(recipe, Silent())
+    model = create_for(recipe.model, data, seed=recipe.seed)
+    with joined(device_of(device), step.distributed):
+        apply(
+            model,
+            step,
+            data=data,
+            device=device,
+            seed=recipe.seed,
+            folder=out / "train" / name,
+            resume=resume,
+        )
 
 
 def _clock(model: Model, recipe: Recipe, data: Data, started: float, exports: bool) -> Clock | None:

@@ -54,6 +54,7 @@ SCRIPTS = (
     "token_reduction",
     "incubation",
     "growth",
+    "distributed",
 )
 HELPERS = (
     "architectures",
@@ -506,6 +507,14 @@ def test_incubation_passes_only_with_every_bar(benchmark_module) -> None:
     for change in ({"accuracy": 0.89}, {"flops": 1.1e15}, {"critical_path_seconds": 51.0}, {"frozen": False}):
         assert judged(**change)["passes"] is False
     assert "resumed" in subject.missed(judged(resumed=True))[0]
+
+
+def test_ranks_must_follow_one_processs_losses(benchmark_module) -> None:
+    subject = benchmark_module("distributed")
+    runs = {"net, one process": {"losses": [[2.0, 1.0]]}, "net, ddp": {"losses": [[2.0, 1.005]]}}
+    assert subject.missed(runs) == []
+    runs["net, fsdp2"] = {"losses": [[2.05, 1.0]]}
+    assert subject.missed(runs) == ["net, fsdp2: a loss differs by 2.50%, the bar is 1%"]
 
 
 def test_growth_passes_only_with_every_bar(benchmark_module) -> None:

@@ -23,6 +23,7 @@ def register(app: typer.Typer) -> None:
             "cveff train recipe.toml --set train.epochs=5 --out runs/short",
             "cveff train fashion-mnist --model vit_tiny_patch16_224 --assemble 4",
             "cveff train photos/ --model mobilenetv4_conv_small --target edge-cpu --resume",
+            "torchrun --nproc-per-node 2 -m cveff train fashion-mnist",
         )
     )(train)
 
@@ -84,8 +85,9 @@ def train(
     """Train a model by a recipe, do the recipe's steps, and deploy it if the recipe says so."""
     started = time.monotonic()
     with working(quiet) as progress:
-        from cveff.pipeline import run
+        from cveff.pipeline import assist, run
         from cveff.recipe import parse_assignment, recipe_for, with_assembly
+        from cveff.train.distributed import launched
 
         overrides = {
             "model.architecture": model,
@@ -97,9 +99,12 @@ def train(
         overrides |= dict(parse_assignment(text) for text in settings or ())
         recipe = recipe_for(recipe_or_data, overrides, epochs=epochs, budget=budget)
         recipe = recipe if assemble is None else with_assembly(recipe, assemble)
+        out = out or Path("runs") / Path(recipe_or_data).stem
+        if launched().rank:
+            return assist(recipe, out=out, resume=resume, overwrite=overwrite, device=device)
         result = run(
             recipe,
-            out=out or Path("runs") / Path(recipe_or_data).stem,
+            out=out,
             resume=resume,
             overwrite=overwrite,
             bundle=not no_deploy,

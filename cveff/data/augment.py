@@ -24,12 +24,19 @@ ERASING_AREA = (0.02, 0.3)
 ERASING_ASPECT = (0.3, 3.3)
 
 
-def shift(images: np.ndarray, padding: int, random: np.random.Generator) -> np.ndarray:
+def shift(
+    images: np.ndarray,
+    padding: int,
+    random: np.random.Generator,
+    drawn: int | None = None,
+    places: np.ndarray | None = None,
+) -> np.ndarray:
     """Cut a window at a random place of each image padded by reflection.
 
     Args:
         images: (B, H, W, C) uint8.
         padding: pixels on every side, less than H and W.
+        drawn, places: `images` are those at `places` (B,) of a batch of `drawn`; by default the batch.
 
     Returns:
         (B, H, W, C) uint8.
@@ -43,7 +50,9 @@ def shift(images: np.ndarray, padding: int, random: np.random.Generator) -> np.n
     windows = np.lib.stride_tricks.sliding_window_view(
         padded, (height, width), axis=(1, 2)
     )  # (B, P, P, C, H, W)
-    top, left = random.integers(0, 2 * padding + 1, (2, count))
+    top, left = random.integers(0, 2 * padding + 1, (2, count if drawn is None else drawn))
+    if places is not None:
+        top, left = top[places], left[places]
     return windows.transpose(0, 1, 2, 4, 5, 3)[np.arange(count), top, left]
 
 
@@ -66,13 +75,21 @@ def normalize(images: np.ndarray, spec: InputSpec) -> Tensor:
     return rows.view(count, height, width, channels).permute(0, 3, 1, 2)
 
 
-def erase(images: Tensor, probability: float, random: np.random.Generator) -> None:
+def erase(
+    images: Tensor,
+    probability: float,
+    random: np.random.Generator,
+    drawn: int | None = None,
+    places: np.ndarray | None = None,
+) -> None:
     """Fill a random rectangle of some images with standard normal noise, in place.
 
     Args:
         images: (B, C, H, W) float32, normalised, channels last in memory.
+        drawn, places: as for `shift`.
     """
-    count, channels, height, width = images.shape
+    _, channels, height, width = images.shape
+    count = len(images) if drawn is None else drawn
     chosen = random.random(count) < probability
     area = random.uniform(*ERASING_AREA, size=count) * (height * width)
     aspect = np.exp(random.uniform(math.log(ERASING_ASPECT[0]), math.log(ERASING_ASPECT[1]), size=count))
@@ -80,10 +97,16 @@ def erase(images: Tensor, probability: float, random: np.random.Generator) -> No
     wide = np.clip(np.rint(np.sqrt(area / aspect)), 1, width).astype(np.int64)
     top = (random.random(count) * (height - tall + 1)).astype(np.int64)
     left = (random.random(count) * (width - wide + 1)).astype(np.int64)
-    rows = _between(top, tall, height) & chosen[:, None]  # (B, H)
-    mask = rows[:, :, None] & _between(left, wide, width)[:, None, :]  # (B, H, W)
     pixels = images.permute(0, 2, 3, 1).numpy()
-    pixels[mask] = random.standard_normal((int(mask.sum()), channels), dtype=np.float32)
+    row = {int(place): row for row, place in enumerate(np.arange(count) if places is None else places)}
+    for place in np.flatnonzero(chosen):
+        # Drawn for images of other ranks too, as what comes next in the stream depends on it.
+        noise = random.standard_normal((tall[place], wide[place], channels), dtype=np.float32)
+        if int(place) in row:
+            rows, columns = (
+                slice(begin[place], begin[place] + size[place]) for begin, size in ((top, tall), (left, wide))
+            )
+            pixels[row[int(place)], rows, columns] = noise
 
 
 def mix(
@@ -156,8 +179,3 @@ def _random_box(
     wide = min(width, round(height * 4 / 3))
     tall = min(height, round(width * 4 / 3))
     return (width - wide) // 2, (height - tall) // 2, wide, tall
-
-
-def _between(start: np.ndarray, length: np.ndarray, size: int) -> np.ndarray:
-    position = np.arange(size)
-    return (position >= start[:, None]) & (position < (start + length)[:, None])

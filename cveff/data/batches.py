@@ -18,6 +18,7 @@ from cveff.data.augment import erase, mirror, mix, normalize, shift
 from cveff.data.augmentation import Augmentation
 from cveff.data.decoding import parallel_map, prepare
 from cveff.data.randomness import generator
+from cveff.data.share import Share
 from cveff.data.workers import decoded_batches
 from cveff.errors import DataError
 from cveff.runtime.input_spec import InputSpec
@@ -65,6 +66,7 @@ def training_batches(
     start: int = 0,
     num_workers: int = 0,
     chosen: Iterable[np.ndarray] | None = None,
+    share: Share = Share(),  # noqa: B008  (frozen)
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """See `Split.training_batches`."""
     labels = split.class_indices()
@@ -80,19 +82,23 @@ def training_batches(
         order = shuffled(len(split), seed, epoch)
         chosen = [order[step * batch_size : (step + 1) * batch_size] for step in steps]
     batches, wanted = itertools.tee(chosen)
-    decoded = _decoded(split, wanted, spec, augmentation, seed, epoch, num_workers)
-    for step, indices, images in zip(steps, batches, decoded, strict=True):
+    mine = (batch[share.positions(len(batch), augmentation.mixes)] for batch in wanted)
+    decoded = _decoded(split, mine, spec, augmentation, seed, epoch, num_workers)
+    for step, batch_indices, images in zip(steps, batches, decoded, strict=True):
+        # Draws are made for the whole batch: an image's do not depend on how many ranks share the work.
+        count, places = len(batch_indices), share.positions(len(batch_indices), augmentation.mixes)
+        indices = batch_indices[places]
         random = generator(_BATCH, seed, epoch, step)
         if augmentation.crop_padding:
-            images = shift(images, augmentation.crop_padding, random)
+            images = shift(images, augmentation.crop_padding, random, count, places)
         if augmentation.flip == "alternating":
             images = mirror(images, (coins[indices] + epoch) % 2 == 1)
         elif augmentation.flip == "random":
-            images = mirror(images, random.random(len(images)) < 0.5)
+            images = mirror(images, random.random(count)[places] < 0.5)
         batch = normalize(images, spec)
         targets = torch.from_numpy(labels[indices])
         if augmentation.erasing:
-            erase(batch, augmentation.erasing, random)
+            erase(batch, augmentation.erasing, random, count, places)
         if augmentation.mixes:
             batch, targets = mix(batch, targets, augmentation, num_classes, random)
         yield batch, targets

@@ -13,6 +13,7 @@ from PIL import Image
 
 from cveff.data.augmentation import Augmentation
 from cveff.data.report import DataReport
+from cveff.data.share import Share
 from cveff.errors import DataError
 from cveff.runtime.input_spec import InputSpec
 
@@ -120,6 +121,7 @@ class Split(ABC):
         start: int = 0,
         num_workers: int = 0,
         chosen: Iterable[np.ndarray] | None = None,
+        share: Share = Share(),  # noqa: B008  (frozen)
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """One epoch of shuffled, augmented batches; each depends on (seed, epoch, step) alone.
 
@@ -128,6 +130,7 @@ class Split(ABC):
             num_workers: processes that decode, for splits that do not fit in memory; no effect on results.
             chosen: indices of each batch from `start` to the epoch's end, in place of a shuffled epoch's. Of a split
                 in memory, each is taken just before its batch is made.
+            share: the part of each batch that this process trains on; an image is augmented as in the whole batch.
 
         Yields:
             images (B, C, H, W) float32, normalised, channels last in memory; targets (B,) int64, or soft
@@ -150,6 +153,7 @@ class Split(ABC):
             start=start,
             num_workers=num_workers,
             chosen=chosen,
+            share=share,
         )
 
     def num_training_batches(self, batch_size: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from cveff.train.adapters import Adapters, MergeAdapters
 from cveff.train.curriculum import Curriculum
 from cveff.train.difficulty_pass import load_difficulty, measure_difficulty
+from cveff.train.distributed import Distributed, joined
 from cveff.train.feed import Difficulty
 from cveff.train.galore import GaLoreAdamW, GaLoreSGD
 from cveff.train.galore_groups import galore_groups
@@ -21,6 +22,7 @@ __all__ = [
     "Adapters",
     "Curriculum",
     "Difficulty",
+    "Distributed",
     "GaLore",
     "GaLoreAdamW",
     "GaLoreSGD",
@@ -33,6 +35,7 @@ __all__ = [
     "Train",
     "Tune",
     "galore_groups",
+    "joined",
     "load_difficulty",
     "measure_difficulty",
 ]

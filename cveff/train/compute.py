@@ -79,13 +79,20 @@ class Meter:
         self._module = module
         self._flops.clear()
 
-    def count(self, images: Tensor, layer_tokens: int, device: torch.device) -> None:
-        """Add a batch (B, C, H, W) that goes forward and backward; `layer_tokens` of each image, see `Compute`."""
+    def count(
+        self, images: Tensor, layer_tokens: int, device: torch.device, number: int | None = None
+    ) -> None:
+        """Add a batch (B, C, H, W) that goes forward and backward; `layer_tokens` of each image, see `Compute`.
+
+        Args:
+            number: images of the whole batch, where `images` are a rank's part of it.
+        """
+        number = len(images) if number is None else number
         # Once for each size and number of tokens: what a step costs depends on nothing else.
         key = (*images.shape[1:], layer_tokens)
         if key not in self._flops:
             few = images[:2].to(device)
             self._flops[key] = (1 + BACKWARD) * forward_flops(self._module, few) / len(few)
-        self.compute.samples += len(images)
-        self.compute.tokens += layer_tokens * len(images)
-        self.compute.flops += self._flops[key] * len(images)
+        self.compute.samples += number
+        self.compute.tokens += layer_tokens * number
+        self.compute.flops += self._flops[key] * number

@@ -7,6 +7,8 @@ import copy
 import torch
 from torch import nn
 
+from cveff.train.sharded import local
+
 
 class MovingAverage:
     """Keeps `average ← d · average + (1 - d) · module`, with `d = min(decay, (1 + step) / (10 + step))`.
@@ -23,7 +25,10 @@ class MovingAverage:
     def update(self, module: nn.Module, step: int) -> None:
         """Take in `module` after optimizer step `step` (from 1)."""
         weight = 1 - min(self.decay, (1 + step) / (10 + step))
-        averages, values = self.module.state_dict(), module.state_dict()
+        averages, values = (
+            {name: local(value) for name, value in item.state_dict().items()}
+            for item in (self.module, module)
+        )
         floating = [name for name, value in averages.items() if value.dtype.is_floating_point]
         torch._foreach_lerp_(
             [averages[name] for name in floating], [values[name] for name in floating], weight

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -23,8 +25,12 @@ def evaluate(
     split: Split,
     spec: InputSpec,
     autocast: AbstractContextManager[Any] | None = None,
+    gather: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> dict[str, float]:
     """Top-1 accuracy (0 to 1) and mean cross-entropy of `module` on a split, without augmentation.
+
+    Args:
+        gather: makes the whole's logits and targets of those of `split`, where that is a part.
 
     Raises:
         TrainingError: the logits of an image are not finite.
@@ -43,6 +49,8 @@ def evaluate(
     assert (
         targets is not None
     )  # evaluation_batches gives them, -1 where there are no labels; top1 refuses those
+    if gather is not None:
+        logits, targets = gather(logits), gather(targets)
     accuracy = top1(logits, targets)
     loss = F.cross_entropy(torch.from_numpy(logits), torch.from_numpy(targets))
     return {"accuracy": accuracy, "loss": float(loss)}

@@ -12,6 +12,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from cveff.data.dataset import Split
+from cveff.data.share import Share
 from cveff.errors import StepError, TrainingError
 from cveff.log import NoLog
 from cveff.model import Model, load
@@ -86,12 +87,13 @@ class Feed:
             return None
         return self._drawn(epoch, first, share)
 
-    def weights(self, epoch: int, batch: int) -> Tensor | None:
-        """What the losses of a batch of `batches` are multiplied by, (B,) float32; None: nothing."""
+    def weights(self, epoch: int, batch: int, share: Share) -> Tensor | None:
+        """What the losses of a rank's part of a batch of `batches` are multiplied by, (B,) float32; None: nothing."""
         if self._importance is None:
             return None
         size = min(self._settings.batch_size, len(self.split))
-        return self._importance.weights(self._importance.draw(size, self._run.seed, epoch, batch))
+        drawn = self._importance.draw(size, self._run.seed, epoch, batch)
+        return self._importance.weights(drawn)[share.positions(size)]
 
     def _drawn(self, epoch: int, first: int, share: Callable[[int], float]) -> Iterator[np.ndarray]:
         from cveff.data.batches import shuffled

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from cveff.errors import TrainingError
+from cveff.train.sharded import local
 
 
 def require_finite(
@@ -40,7 +41,7 @@ def require_finite(
         raise TrainingError(
             f"the loss became {values[first]} at step {step - len(values) + 1 + first}{where}; {advice}"
         )
-    gradients = {name: item.grad for name, item in module.named_parameters() if item.grad is not None}
+    gradients = {name: local(item.grad) for name, item in module.named_parameters() if item.grad is not None}
     if not gradients:
         return
     norms = torch.stack([norm.float() for norm in torch._foreach_norm(list(gradients.values()))])

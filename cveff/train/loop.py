@@ -7,7 +7,7 @@ import itertools
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,10 +15,10 @@ import torch
 from torch import nn
 
 from cveff.data.dataset import Split
-from cveff.errors import CheckpointError, StepError
+from cveff.errors import StepError
 from cveff.files import write_json
 from cveff.measure.training_memory import MemoryTracker
-from cveff.model import Model, build, save_weights
+from cveff.model import Model, save_weights
 from cveff.steps import Clock, Run
 from cveff.train.budget import Budget
 from cveff.train.checkpointing import checkpointed
@@ -37,7 +37,8 @@ from cveff.train.objective import Constraint, CrossEntropy, Objective
 from cveff.train.offload import choose_optimizers
 from cveff.train.optimizers import ScheduledOptimizers
 from cveff.train.precision import choose_precision
-from cveff.train.state import differences, identity, load_state, save_state
+from cveff.train.snapshot import STATE, keep_state, resume
+from cveff.train.spread import Spread
 from cveff.train.thinning import Thinning
 from cveff.train.timing import evaluation_seconds
 
@@ -84,15 +85,16 @@ def fit(model: Model, settings: Train, run: Run, objective: Objective | None = N
     for edit in model.spec.edits:
         if isinstance(edit, Constraint):
             objective = edit.constrained(objective, model.module)
-    trainer = _Trainer(model, settings, run, objective, run.data.train, run.data.val)
+    trainer = Trainer(model, settings, run, objective, run.data.train, run.data.val)
     with ExitStack() as stack:
         stack.callback(trainer.optimizer.close)
         if settings.checkpoint_activations:
             stack.enter_context(checkpointed(trainer.module))
+        stack.enter_context(trainer.spread.batch_norms(trainer.module))
         return trainer.train()
 
 
-class _Trainer:
+class Trainer:
     """The live objects of one run and what is saved of them."""
 
     def __init__(
@@ -105,9 +107,14 @@ class _Trainer:
         val_split: Split,
     ) -> None:
         self.started = time.monotonic()
+        self.spread = Spread(settings, objective, run.device)
+        run = self.spread.quiet(run)
         self.model, self.settings, self.run, self.objective = model, settings, run, objective
         self.feed = Feed(model, settings, run, train_split)
         self.train_split, self.val_split = self.feed.split, val_split
+        self.val_part = self.spread.validation_part(val_split)
+        self.batch_images = min(settings.batch_size, len(self.train_split))
+        self.spread.require_images(self.batch_images)
         exact = any(getattr(edit, "needs_float32", False) for edit in model.spec.edits)
         wanted = "fp32" if exact and settings.precision == "auto" else settings.precision
         self.precision = choose_precision(wanted, run.device)
@@ -120,7 +127,7 @@ class _Trainer:
         if settings.grow and objective.extra is not None:
             raise StepError("train.grow changes layers that this objective is fitted to; train without it")
         self.meter = Meter(model.module)
-        self._take(self.growth.start)
+        self.take(self.growth.start)
         self.step = 0
         self.deadline: Deadline | None = None
         self.begun: float | None = None
@@ -135,30 +142,34 @@ class _Trainer:
         self.last_saved = time.monotonic()
         self.epoch_figures: dict[str, float] = {}
 
-    def _take(self, model: Model) -> None:
+    def take(self, model: Model) -> None:
         """Train `model` from here on, with an optimizer and a moving average of its own."""
         settings = self.settings
         self.model = model
-        self.module: nn.Module = model.module.to(self.run.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.module = self.spread.place(model.module)
         self.meter.follow(self.module)
-        self.optimizer = choose_optimizers(self.module, self.extra, settings, self.run.device)
+        rule = None
         if settings.mup_base_width is not None:
             rule = parametrization(model, settings.mup_base_width, settings.optimizer, self.run.seed)  # type: ignore[arg-type]
             initialize(self.module, rule)
+        self.average = MovingAverage(self.module, settings.ema) if settings.ema else None
+        self.spread.shard(self.module, *([self.average.module] if self.average else []))
+        self.optimizer = choose_optimizers(self.module, self.extra, settings, self.run.device)
+        if rule is not None:
             assert isinstance(self.optimizer, ScheduledOptimizers)
             self.optimizer = with_rates(self.optimizer, self.module, rule)
-        self.average = MovingAverage(self.module, settings.ema) if settings.ema else None
+        self.loss = self.spread.loss(self.objective, self.module, self.extra)
 
     def _grow(self) -> None:
         """Put the next, larger network in this one's place."""
         model, optimizer, average = self.model, self.optimizer, self.average
         grown = self.growth.grow(model, self.step)
-        self._take(grown.model)
+        self.take(grown.model)
         assert isinstance(optimizer, ScheduledOptimizers) and isinstance(self.optimizer, ScheduledOptimizers)
         carry_optimizer(optimizer, self.optimizer, (model.module, self.module), grown.placement)
         if average and self.average:
             grown.carry(Model(model.spec, average.module), self.average.module)
-        self._mask()
+        self.mask()
         self.module.train()
         self.run.log.write(self.step, {"growth/difference": grown.difference})
         self.run.progress.message(
@@ -166,14 +177,15 @@ class _Trainer:
             f"{grown.difference:.1g}"
         )
 
-    def _mask(self) -> None:
+    def mask(self) -> None:
+        """Give the weights that growth brought their present share."""
         self.growth.mask(self.module)
         if self.average:
             self.growth.mask(self.average.module)
 
     def train(self) -> Model:
         if self.run.resume:
-            self._resume()
+            resume(self)
         # The second step is the first that finds the optimizer's state there.
         self.watched_step = min(self.step + 1, self.course.total_steps - 1)
         if not self.finished:
@@ -200,14 +212,15 @@ class _Trainer:
                 self._require_finite(losses, images)
             # Never between an epoch's last batch and its validation, which a resumed run would skip.
             is_within_epoch = self.step % self.batches_per_epoch != 0
-            if self.run.folder and is_within_epoch and time.monotonic() - self.last_saved > limit:
+            is_due = is_within_epoch and time.monotonic() - self.last_saved > limit
+            if self.run.folder and self.spread.decided(is_due):
                 self._require_finite(losses, images)  # a state of weights that are no numbers would be no use
-                self._save_state()
+                keep_state(self)
             if self.course.after_step(self.step):
                 break
         self._require_finite(losses, images)
         self.epoch_figures |= {
-            "train/loss": float(torch.stack(losses).mean()),
+            "train/loss": self.spread.mean(losses),
             "train/learning_rate": settings.peak_learning_rate
             * self.course.factor(settings.schedule, self.step - 1),
             "train/images_per_second": len(losses) * settings.batch_size / (time.monotonic() - started),
@@ -231,6 +244,7 @@ class _Trainer:
                 chosen=self.feed.batches(
                     epoch, first, lambda index: self.course.share(epoch * self.batches_per_epoch + index)
                 ),
+                share=self.spread.share,
             ):
                 yield batch
                 if self.growth.is_due(self.step):
@@ -250,26 +264,25 @@ class _Trainer:
         """One optimizer step on one batch; the mean loss, still on the device."""
         settings = self.settings
         # Dropout and stochastic depth draw from torch's own generator: seeding it by step makes them resumable.
-        torch.manual_seed(int(np.random.SeedSequence([self.run.seed, epoch, self.step]).generate_state(1)[0]))
+        key = [self.run.seed, epoch, self.step, *([rank] if (rank := self.spread.share.rank) else [])]
+        torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
         self.optimizer.set_factor(self.course.factor(settings.schedule, self.step))
         self.growth.before_step(self.step)
-        weights = self.feed.weights(epoch, self.step - epoch * self.batches_per_epoch)
+        weights = self.feed.weights(epoch, self.step - epoch * self.batches_per_epoch, self.spread.share)
         if weights is not None:
             targets = weighted(targets, weights, len(self.model.spec.labels), settings.label_smoothing)
         images = self.thinning.prepare(images, self.course.share(self.step))
         with self._autocast():
-            self.meter.count(images, self.thinning.layer_tokens, self.run.device)
+            self.meter.count(images, self.thinning.layer_tokens, self.run.device, self.batch_images)
         self.optimizer.zero_grad()
         total = torch.zeros((), device=self.run.device)
-        for part, answers in zip(
-            images.chunk(settings.accumulation), targets.chunk(settings.accumulation), strict=True
-        ):
-            with self._autocast():
-                loss = self.objective.loss(
-                    self.module, part.to(self.run.device, non_blocking=True), answers.to(self.run.device)
-                )
-            loss = loss / len(images)
-            self.scaler.scale(loss).backward()
+        for part, answers, context in self.spread.parts(self.loss, images, targets):
+            with context:
+                with self._autocast():
+                    loss = self.loss(part.to(self.run.device, non_blocking=True), answers.to(self.run.device))
+                loss = loss / self.batch_images
+                # Gradients are averaged over ranks, whose parts of the batch need not be equal.
+                self.scaler.scale(loss * self.spread.share.world).backward()
             total += loss.detach()
         if self.run.device.type == "cpu" and not bool(torch.isfinite(total)):
             # Before the update, which makes every weight like it. A GPU would have to be waited for at each step.
@@ -307,15 +320,17 @@ class _Trainer:
         if is_last or is_due:
             module = self.average.module if self.average else self.module
             started = time.monotonic()
-            figures = evaluate(module, self.val_split, self.model.spec.input, self._autocast())
+            self.spread.validating(module)
+            gather = self.spread.gather(len(self.val_split))
+            figures = evaluate(module, self.val_part, self.model.spec.input, self._autocast(), gather)
             self.meter.compute.evaluation_seconds += time.monotonic() - started
             self.epoch_figures |= {"val/accuracy": figures["accuracy"], "val/loss": figures["loss"]}
             if self.growth.is_complete(self.step) and figures["accuracy"] > self.best_accuracy:
                 self.best_accuracy, self.best_epoch = figures["accuracy"], epoch
                 self.best_weights = {
-                    name: value.detach().cpu().clone() for name, value in module.state_dict().items()
+                    name: value.detach().cpu().clone() for name, value in self.spread.weights(module).items()
                 }
-                if self.run.folder:
+                if self.run.folder and self.spread.writes:
                     self._save_model(self.best_weights, "best")
             of = f"/{settings.epochs}" if budget is None else f", {100 * budget.share:.0f}% of the budget"
             best = f"  best {100 * self.best_accuracy:.2f}%" if self.best_epoch >= 0 else ""
@@ -326,15 +341,17 @@ class _Trainer:
         stop = bool(settings.patience) and epoch - self.best_epoch >= settings.patience
         stop = stop and self.growth.is_complete(self.step)
         self.finished = stop or is_last
-        consumed = self._compute().figures(len(self.train_split))
+        consumed = self.compute().figures(len(self.train_split))
         self.epoch_figures |= {f"seen/{name}": value for name, value in consumed.items()}
         self.run.log.write(self.step, {"epoch": epoch + 1, **self.epoch_figures})
         self.epoch_figures = {}
         if self.run.folder:
             if self.finished:
-                self._save_model((self.average.module if self.average else self.module).state_dict(), "last")
-            self._save_state()
-            write_json(self.run.folder / SUMMARY, consumed)
+                last = self.spread.weights(self.average.module if self.average else self.module)
+                self._save_model(last, "last")
+            keep_state(self)
+            if self.spread.writes:
+                write_json(self.run.folder / SUMMARY, consumed)
         if stop and not is_last:
             self.run.progress.message(
                 f"stopped early: no better validation accuracy for {settings.patience} epochs"
@@ -351,7 +368,7 @@ class _Trainer:
         budget = Budget(settings.budget, clock, spent=spent, begun=self.begun)
         started = time.monotonic()
         if run.folder:
-            self._save_state()
+            keep_state(self)
         module, spec = self.average.module if self.average else self.module, self.model.spec.input
         self.course = self.deadline = Deadline(
             budget,
@@ -373,7 +390,7 @@ class _Trainer:
         for module in (self.module, *([self.average.module] if self.average else [])):
             self.objective.after_step(module, self.step, self.step)
 
-    def _compute(self) -> Compute:
+    def compute(self) -> Compute:
         """What the run has consumed so far."""
         seconds = self.meter.compute.seconds + time.monotonic() - self.started
         seconds = seconds if self.deadline is None else self.deadline.budget.elapsed
@@ -381,78 +398,17 @@ class _Trainer:
 
     def _kept(self) -> Model:
         self.thinning.remove()
+        module = self.spread.plain(self.model, self.module)
         if self.settings.keep == "best" and self.best_weights:
-            self.module.load_state_dict(self.best_weights)
-        elif self.average:
-            self.module.load_state_dict(self.average.module.state_dict())
-        return Model(self.model.spec, self.module.cpu().eval())
+            module.load_state_dict(self.best_weights)
+        elif self.average or module is not self.module:
+            module.load_state_dict(self.spread.weights(self.average.module if self.average else self.module))
+        return Model(self.model.spec, module.cpu().eval())
 
     def _save_model(self, weights: dict[str, torch.Tensor], name: str) -> None:
         assert self.run.folder is not None
-        save_weights(self.model.spec, weights, self.run.folder / name)
-
-    def _save_state(self) -> None:
-        assert self.run.folder is not None
-        save_state(
-            self.run.folder / "state.safetensors",
-            {
-                "settings": self._identity(),
-                "step": self.step,
-                "finished": self.finished,
-                "best_accuracy": self.best_accuracy,
-                "best_epoch": self.best_epoch,
-                "best_weights": self.best_weights,
-                "module": self.module.state_dict(),
-                "average": self.average.module.state_dict() if self.average else {},
-                "extra": self.extra.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "scaler": self.scaler.state_dict(),
-                "compute": asdict(self._compute()),
-                "begun": self.begun if self.deadline is None else self.deadline.budget.begun,
-            },
-        )
-        self.last_saved = time.monotonic()
-
-    def _resume(self) -> None:
-        path = self.run.folder / "state.safetensors" if self.run.folder else None
-        if path is None or not path.is_file():
-            return
-        state = load_state(path)
-        changed = differences(state.get("settings", {}), self._identity())
-        if changed:
-            raise CheckpointError(
-                f"{path} was written by a run with other settings ({changed}); resume with the same ones, "
-                "or train into another folder"
-            )
-        spec = self.growth.spec_at(state["step"])
-        if spec != self.model.spec:
-            self._take(build(spec))
-        self.growth.resume(self.module, state["step"])
-        self._mask()
-        self.module.load_state_dict(state["module"])
-        if self.average:
-            self.average.module.load_state_dict(state["average"])
-        self.extra.load_state_dict(state.get("extra", {}))
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.scaler.is_enabled():
-            self.scaler.load_state_dict(state["scaler"])
-        self.step, self.finished = state["step"], state["finished"]
-        self.best_accuracy, self.best_epoch = state["best_accuracy"], state["best_epoch"]
-        self.best_weights = state["best_weights"]
-        self.meter.compute = Compute(**state.get("compute", {}))
-        self.begun = state.get("begun")
-        self.run.log.rewind(self.step)
-        self.run.progress.message(f"resumed at step {self.step} of {self.course.total_steps}")
-
-    def _identity(self) -> dict[str, Any]:
-        return identity(
-            asdict(self.settings),
-            dict(self.objective.identity()),
-            precision=str(self.precision),
-            model=self.given.to_json(),
-            images=len(self.train_split),
-            seed=self.run.seed,
-        )
+        if self.spread.writes:
+            save_weights(self.model.spec, weights, self.run.folder / name)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.precision == torch.float32:
@@ -464,12 +420,13 @@ class _Trainer:
     ) -> None:
         # Loss scaling makes gradients overflow by design, and skips those steps.
         module = nn.Module() if self.scaler.is_enabled() else self.module
-        path = self.run.folder / "state.safetensors" if self.run.folder else None
+        is_alone = self.spread.share.world == 1  # to look for the layer, others would have to take part
+        path = self.run.folder / STATE if self.run.folder else None
         require_finite(
             losses,
             module,
             step=self.step if step is None else step,
             learning_rate=self.settings.peak_learning_rate,
-            images=images.to(self.run.device),
+            images=images.to(self.run.device) if is_alone else None,
             kept=f"; the last good state is {path}" if path is not None and path.is_file() else "",
         )

@@ -12,6 +12,7 @@ from cveff.errors import TrainingError
 from cveff.train import state8bit
 from cveff.train.projection_checks import check_group, check_state, sides_in
 from cveff.train.projector import Side, find_bases, overlap, project, project_back, turn
+from cveff.train.sharded import cut_like
 
 LAZY_OVERLAP = 0.4
 LAZY_REFRESHES = 5
@@ -184,7 +185,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         if group["residual"]:
             update += _residual(matrix, low, normalised, bases, state)
         factor = -group["lr"] * group["scale"] / divisor
-        parameter.add_(_sharded_like(update.reshape(whole.shape), parameter), alpha=factor)
+        parameter.add_(cut_like(update.reshape(whole.shape), parameter), alpha=factor)
 
     def _bases(
         self,
@@ -268,18 +269,6 @@ def _residual(
         norm = norm * shrink
     state["residual_norm"] = norm
     return left_out
-
-
-def _sharded_like(value: Tensor, parameter: Tensor) -> Tensor:
-    """`value`, which every rank has whole, cut as `parameter` is."""
-    if not hasattr(parameter, "full_tensor"):
-        return value
-    from torch.distributed.tensor import DTensor, Replicate
-
-    assert isinstance(parameter, DTensor)
-    mesh = parameter.device_mesh
-    whole = DTensor.from_local(value, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    return whole.redistribute(placements=parameter.placements)
 
 
 def _num_ranks() -> int:

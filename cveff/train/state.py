@@ -13,23 +13,33 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from cveff.data.share import Share
 from cveff.errors import CheckpointError
 from cveff.files import write_tensors
+from cveff.train.sharded import is_sharded
+from cveff.train.sharded_state import load_shards, save_shards
 
 STATE_VERSION = 1
 _TENSOR = "__tensor__"
 _INTEGER_KEYS = "__integer_keys__"
 
 
-def save_state(path: Path, state: Mapping[str, Any]) -> None:
+def save_state(path: Path, state: Mapping[str, Any], share: Share | None = None) -> None:
     """Write nested dicts and lists of tensors and JSON values, atomically.
+
+    Args:
+        share: of this process in a group whose ranks hold parts of the tensors; all ranks call it together.
 
     Raises:
         CveffError: the file cannot be written, or the disk is full; an earlier state is left as it was.
     """
     tensors: dict[str, torch.Tensor] = {}
     tree = _flatten(state, "state", tensors)
-    write_tensors(path, tensors, {"version": str(STATE_VERSION), "tree": json.dumps(tree)})
+    metadata = {"version": str(STATE_VERSION), "tree": json.dumps(tree)}
+    if share is None:
+        write_tensors(path, tensors, metadata)
+    else:
+        save_shards(path, tensors, metadata, share)
 
 
 def load_state(path: Path) -> dict[str, Any]:
@@ -47,6 +57,8 @@ def load_state(path: Path) -> dict[str, Any]:
                     "delete it and train again, or use the cveff that wrote it"
                 )
             tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+        if "shards" in metadata:
+            tensors = load_shards(path, metadata)
         state = _restore(json.loads(metadata["tree"]), tensors)
     except (SafetensorError, KeyError, ValueError, OSError) as error:
         raise CheckpointError(f"{path} is damaged ({error}); delete it and train again") from error
@@ -58,7 +70,13 @@ def load_state(path: Path) -> dict[str, Any]:
 def identity(settings: Mapping[str, Any], objective: Mapping[str, Any], **others: Any) -> dict[str, Any]:
     """What must be equal for a state to fit a run: the settings, the model, the data and the seed."""
     # These change how fast the work goes, not what comes out.
-    speed = ("num_workers", "checkpoint_minutes", "checkpoint_activations", "offload_optimizer")
+    speed = (
+        "num_workers",
+        "checkpoint_minutes",
+        "checkpoint_activations",
+        "offload_optimizer",
+        "distributed",
+    )
     without = speed if settings["optimizer"] == "galore" else (*speed, "galore")
     kept = {key: value for key, value in settings.items() if key not in without}
     kept["difficulty"] = {
@@ -91,6 +109,9 @@ def _as_lists(value: Any) -> Any:
 
 def _flatten(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
     if isinstance(value, torch.Tensor):
+        if is_sharded(value):
+            tensors[name] = value.detach()
+            return {_TENSOR: name}
         # safetensors keeps no memory format: strides are restored by copying into the live tensors.
         tensors[name] = value.detach().cpu().contiguous().clone()
         return {_TENSOR: name}

@@ -11,6 +11,7 @@ from cveff.model import Model
 from cveff.steps import Run
 from cveff.train.budget import parse_duration
 from cveff.train.curriculum import Curriculum
+from cveff.train.distributed import Distributed
 from cveff.train.feed import Difficulty
 from cveff.train.galore_settings import GaLore
 from cveff.train.growth.event import Growth, check_schedule
@@ -67,6 +68,7 @@ class Train:
         galore: settings of the optimizer "galore".
         checkpoint_activations: keep each block's input alone and compute the rest again in the backward pass: less
             memory, about a third more time, the same weights.
+        distributed: how several processes share the work that `torchrun` started.
         offload_optimizer: keep the optimizer's state in the CPU's memory and step there; for a GPU.
 
     Raises:
@@ -104,6 +106,7 @@ class Train:
     galore: GaLore = field(default_factory=GaLore)
     checkpoint_activations: bool = False
     offload_optimizer: bool = False
+    distributed: Distributed = field(default_factory=Distributed)
 
     kind: ClassVar[str] = "train"
     requires: ClassVar[tuple[str, ...]] = ("data",)
