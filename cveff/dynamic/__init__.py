@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from cveff.dynamic.cond_conv import CondConv, ConditionalConvolutions
 from cveff.dynamic.early_exit import EarlyExit
 from cveff.dynamic.exits import Exits
 from cveff.dynamic.reduce_tokens import ReduceTokens
 from cveff.dynamic.thresholds import Goal, solve
 from cveff.dynamic.token_edit import TokenReduction
 
-__all__ = ["EarlyExit", "Exits", "Goal", "ReduceTokens", "TokenReduction", "solve"]
+__all__ = ["CondConv", "ConditionalConvolutions", "EarlyExit", "Exits", "Goal", "ReduceTokens", "TokenReduction", "solve"]
