@@ -9,4 +9,13 @@ from cveff.dynamic.reduce_tokens import ReduceTokens
 from cveff.dynamic.thresholds import Goal, solve
 from cveff.dynamic.token_edit import TokenReduction
 
-__all__ = ["CondConv", "ConditionalConvolutions", "EarlyExit", "Exits", "Goal", "ReduceTokens", "TokenReduction", "solve"]
+__all__ = [
+    "CondConv",
+    "ConditionalConvolutions",
+    "EarlyExit",
+    "Exits",
+    "Goal",
+    "ReduceTokens",
+    "TokenReduction",
+    "solve",
+]

@@ -59,7 +59,11 @@ class CondConv2d(nn.Module):
         if self.pads_same:
             x = pad_same(x, list(self.kernel_size), list(self.stride), list(self.dilation))
         # The number of groups is a constant of an ONNX file, and the batch is not.
-        return self._multiply(x, weight, bias) if torch.compiler.is_exporting() else self._convolve(x, weight, bias)
+        return (
+            self._multiply(x, weight, bias)
+            if torch.compiler.is_exporting()
+            else self._convolve(x, weight, bias)
+        )
 
     def extra_repr(self) -> str:
         """What `print` shows beside the routing."""
@@ -83,32 +87,29 @@ class CondConv2d(nn.Module):
         return y.reshape(batch, self.out_channels, *y.shape[2:])
 
     def _multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The same as products of matrices, one an image: shapes do not name the batch."""
-        shifted = self._shifted(x)  # kh * kw times (B, in, H', W')
-        size = shifted[0].shape[2:]
-        if self.groups == self.in_channels == self.out_channels:
-            taps = weight.reshape(-1, self.out_channels, len(shifted)).unbind(2)  # (B, out)
-            y = torch.stack([view * tap[:, :, None, None] for view, tap in zip(shifted, taps, strict=True)]).sum(0)
-        else:
-            rows = self.in_channels // self.groups * len(shifted)
-            columns = torch.stack(shifted, 2).reshape(-1, self.groups, rows, size[0] * size[1])
-            kernels = weight.reshape(-1, self.groups, self.out_channels // self.groups, rows)
-            y = (kernels @ columns).reshape(-1, self.out_channels, size[0], size[1])
-        return y if bias is None else y + bias[:, :, None, None]
-
-    def _shifted(self, x: Tensor) -> list[Tensor]:
-        """For each position in the kernel, row by row, what it is multiplied with."""
+        """The same as products of matrices, one an image and group: shapes do not name the batch."""
         x = F.pad(x, (self.padding[1], self.padding[1], self.padding[0], self.padding[0]))
-        rows, columns = (
-            [
-                slice(tap * dilation, tap * dilation + side - dilation * (kernel - 1), stride)
-                for tap in range(kernel)
-            ]
+        height, width = (
+            (side - dilation * (kernel - 1) - 1) // stride + 1
             for side, kernel, stride, dilation in zip(
                 x.shape[2:], self.kernel_size, self.stride, self.dilation, strict=True
             )
         )
-        return [x[:, :, row, column] for row in rows for column in columns]
+        # Two gathers, as slices would be two nodes of the file for each weight of the kernel.
+        x = x.index_select(2, self._places(0, height, x.device)).index_select(
+            3, self._places(1, width, x.device)
+        )
+        x = x.reshape(-1, self.in_channels, self.kernel_size[0], height, self.kernel_size[1], width)
+        rows = self.in_channels // self.groups * self.kernel_size[0] * self.kernel_size[1]
+        columns = x.permute(0, 1, 2, 4, 3, 5).reshape(-1, self.groups, rows, height * width)
+        kernels = weight.reshape(-1, self.groups, self.out_channels // self.groups, rows)
+        y = (kernels @ columns).reshape(-1, self.out_channels, height, width)
+        return y if bias is None else y + bias[:, :, None, None]
+
+    def _places(self, axis: int, size: int, device: torch.device) -> Tensor:
+        """For each weight along an axis of the kernel, which pixels it meets: (kernel * size,) int64."""
+        weights = self.dilation[axis] * torch.arange(self.kernel_size[axis], device=device)
+        return (weights[:, None] + self.stride[axis] * torch.arange(size, device=device)).flatten()
 
 
 def not_replaceable(layer: nn.Module) -> str:

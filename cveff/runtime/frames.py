@@ -213,4 +213,6 @@ def _thresholds(thumbnails: Sequence[np.ndarray]) -> list[float]:
     while lag < len(thumbnails):
         found += [difference(*pair) for pair in zip(thumbnails, thumbnails[lag:], strict=False)]
         lag *= 2
-    return [float(value) for value in np.unique(np.quantile(found, np.linspace(0, 1, MAX_THRESHOLDS), method="lower"))]
+    values = np.quantile(found, np.linspace(0, 1, MAX_THRESHOLDS), method="lower")
+    # Rounded up before they are tried, so that the number people read is the one that was tried.
+    return [float(value) for value in np.unique((np.ceil(1000 * values) / 1000).round(3))]

@@ -91,7 +91,10 @@ def answer_images(
                 batch.add(path, pixels, (image.height, image.width))
         except (ImageError, InputSizeError) as error:
             batch.results.append({"path": str(path), "error": str(error)})
-        if len(batch.pixels) in (0, batch_size):  # results without an image of theirs to wait for go out at once
+        if len(batch.pixels) in (
+            0,
+            batch_size,
+        ):  # results without an image of theirs to wait for go out at once
             yield from batch.flush()
     yield from batch.flush()
 

@@ -25,7 +25,7 @@ class CalibratedFrames:
     def __str__(self) -> str:
         chosen, measured = self.chosen, self.measured
         return (
-            f"--skip-similar {chosen.threshold:.4g}: on {chosen.frames} frames {chosen.skipped:.1%} were skipped and "
+            f"--skip-similar {chosen.threshold:g}: on {chosen.frames} frames {chosen.skipped:.1%} were skipped and "
             f"{chosen.agreement:.1%} of answers stayed the same; on the {measured.frames} frames behind them "
             f"{measured.skipped:.1%} and {measured.agreement:.1%}, at {measured.skipping_ms:.2f} ms a frame instead of "
             f"{measured.every_ms:.2f} ms"
@@ -43,8 +43,8 @@ def check_frames(engine: Engine) -> None:
     """
     if engine.task != "classification":
         raise CveffError(
-            f"frames are skipped for classifiers; {engine.path} is a {engine.task} model, whose boxes or masks move with "
-            "the image: leave --skip-similar and --calibrate-similar out"
+            f"frames are skipped for classifiers; {engine.path} is a {engine.task} model, whose boxes or masks "
+            "move with the image: leave --skip-similar and --calibrate-similar out"
         )
 
 
