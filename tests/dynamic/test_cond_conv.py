@@ -182,16 +182,15 @@ def test_training_teaches_routing_and_tells_experts_apart(digits: Data, tmp_path
     assert_agrees(path, model, (1, 3))
 
 
-@pytest.mark.parametrize("architecture", ["test_efficientnet", "tf_efficientnet_lite0"])
-def test_the_file_takes_any_batch(architecture: str, tmp_path: Path) -> None:
+def test_the_file_takes_any_batch(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    size = (64, 48)
-    model = cveff.apply(cveff.create(architecture, num_classes=4, image_size=size), CondConv(experts=3))
+    plain = cveff.create("test_efficientnet", num_classes=4, image_size=(64, 48))
+    model = cveff.apply(plain, CondConv(experts=3))
     torch.manual_seed(0)
     with torch.no_grad():
         for part in model.module.modules():
             if isinstance(part, CondConv2d):
-                part.routing.weight.normal_()
+                part.routing.weight.normal_(std=part.in_channels**-0.5)
     path = cveff.export(model, tmp_path / "model.onnx")
     operators = {node.op_type for node in onnx.load(path).graph.node}
     assert not operators & {"Loop", "If", "NonZero", "Scan"}
