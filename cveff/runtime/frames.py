@@ -41,7 +41,8 @@ class SimilarFrames:
         if not 0 <= threshold < float("inf"):
             raise CveffError(f"threshold of similar frames is {threshold!r}; give grey levels, 0 to 255")
         self.threshold = threshold
-        self.reset()
+        self.frames, self.skipped = 0, 0
+        self._last: np.ndarray | None = None
 
     def __call__(self, pixels: np.ndarray) -> bool:
         """Whether the last computed frame's answer serves this one; if not, this is now the last computed.
@@ -65,7 +66,7 @@ class SimilarFrames:
     def reset(self) -> None:
         """Start another video."""
         self.frames, self.skipped = 0, 0
-        self._last: np.ndarray | None = None
+        self._last = None
 
 
 def thumbnail(pixels: np.ndarray) -> np.ndarray:
