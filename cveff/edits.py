@@ -27,6 +27,7 @@ _HOME = {
     "half_rest": "cveff.compress.quant.half_rest:HalfRest",
     "quantize": "cveff.compress.quant.network:QuantizedGraph",
     "quantize_weights": "cveff.compress.quant.weight_edit:QuantizeWeights",
+    "cond_conv": "cveff.dynamic.cond_conv:ConditionalConvolutions",
     "early_exit": "cveff.dynamic.exits:Exits",
     "sparsity": "cveff.compress.sparsity:Sparsity",
     "adapters": "cveff.train.adapters:Adapters",

@@ -20,7 +20,7 @@ from cveff.compress import Distill, LowRank, Prune, Quantize, Sparsify
 from cveff.compress.quantize import TRAINABLE
 from cveff.data.augment import Augmentation
 from cveff.data.named import NAMED
-from cveff.dynamic import EarlyExit, Elastic, ExtractSubNet, ReduceTokens
+from cveff.dynamic import CondConv, EarlyExit, Elastic, ExtractSubNet, ReduceTokens
 from cveff.errors import RecipeError
 from cveff.recipe_settings import DataSettings, DeploySettings, ModelSettings
 from cveff.schema import parse
@@ -64,6 +64,7 @@ def _step_kinds() -> dict[str, type]:
         Tune,
         MergeAdapters,
         ReduceTokens,
+        CondConv,
         Quantize,
         EarlyExit,
         Incubate,

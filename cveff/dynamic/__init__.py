@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from cveff.dynamic.cond_conv import CondConv, ConditionalConvolutions
 from cveff.dynamic.early_exit import EarlyExit
 from cveff.dynamic.elastic import Elastic
 from cveff.dynamic.elastic_space import ElasticSpace, SubNet
@@ -12,6 +13,8 @@ from cveff.dynamic.thresholds import Goal, solve
 from cveff.dynamic.token_edit import TokenReduction
 
 __all__ = [
+    "CondConv",
+    "ConditionalConvolutions",
     "EarlyExit",
     "Elastic",
     "ElasticSpace",

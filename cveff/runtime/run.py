@@ -19,8 +19,10 @@ from . import open as open_bundle
 from .answers import Settings, answers, line
 from .engine import Engine
 from .errors import CveffError, ImageError, InputSizeError
+from .frames import SimilarFrames, natural
 from .preprocess import IMAGE_SUFFIXES, decode, fit
 from .processor import processor_notes
+from .run_frames import calibrate_frames, check_frames
 
 _EPILOG = "Exit codes: 0 all images answered; 2 a wrong option, bundle or image (named on stderr); 1 a bug."
 
@@ -59,9 +61,19 @@ def main(argv: Sequence[str], bundle: str | Path | None = None) -> int:
 
 
 def answer_images(
-    engine: Engine, paths: Sequence[Path], settings: Settings, *, batch_size: int = 8, resize: bool = False
+    engine: Engine,
+    paths: Sequence[Path],
+    settings: Settings,
+    *,
+    batch_size: int = 8,
+    resize: bool = False,
+    gate: SimilarFrames | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Run on image files, one result each, in order; one that cannot be read does not stop the others.
+
+    Args:
+        gate: passes over frames that look like the last computed one, whose answer they get, and its path as
+            `"answer_of"`.
 
     Yields:
         `{"path"}` with what `answers` says: `"predictions": [{"label", "index", "probability"}]`,
@@ -72,10 +84,17 @@ def answer_images(
     for path in paths:
         try:
             image = decode(path, engine.spec.channels)
-            batch.add(path, fit(image, engine.spec, resize, str(path)), (image.height, image.width))
+            pixels = fit(image, engine.spec, resize, str(path))
+            if gate is not None and gate(pixels):
+                batch.repeat(path)
+            else:
+                batch.add(path, pixels, (image.height, image.width))
         except (ImageError, InputSizeError) as error:
             batch.results.append({"path": str(path), "error": str(error)})
-        if len(batch.pixels) == batch_size:
+        if len(batch.pixels) in (
+            0,
+            batch_size,
+        ):  # results without an image of theirs to wait for go out at once
             yield from batch.flush()
     yield from batch.flush()
 
@@ -85,6 +104,7 @@ class _Batch:
 
     def __init__(self, engine: Engine, settings: Settings) -> None:
         self._engine, self._settings = engine, settings
+        self._last: dict[str, Any] = {}  # the answer to the last image that was run
         self._clear()
 
     def add(self, path: Path, pixels: np.ndarray, size: tuple[int, int]) -> None:
@@ -92,14 +112,23 @@ class _Batch:
         self.pixels.append(pixels)
         self.sizes.append(size)
 
+    def repeat(self, path: Path) -> None:
+        """The answer to the last image before this one, which may be waiting itself."""
+        self.results.append({"path": str(path), "answer_of": None})
+
     def flush(self) -> list[dict[str, Any]]:
         results = self.results
-        waiting = [result for result in results if "error" not in result]
+        waiting = [result for result in results if not {"error", "answer_of"} & set(result)]
         if waiting:
             names = [result["path"] for result in waiting]
             found = answers(self._engine, np.stack(self.pixels), self.sizes, names, self._settings)
             for result, answer in zip(waiting, found, strict=True):
                 result |= answer
+        for result in results:
+            if "answer_of" in result:
+                result |= {**self._last, "path": result["path"], "answer_of": self._last["path"]}
+            elif "error" not in result:
+                self._last = result
         self._clear()
         return results
 
@@ -160,6 +189,21 @@ def _parser(names_bundle: bool) -> argparse.ArgumentParser:
     parser.add_argument(
         "--masks", type=Path, metavar="FOLDER", help="write segmentation masks there, PNG of class indices"
     )
+    similar = parser.add_mutually_exclusive_group()
+    similar.add_argument(
+        "--skip-similar",
+        type=_levels,
+        metavar="LEVELS",
+        help="of a video's frames, those that differ less from the last computed one take over its answer: "
+        "mean difference in grey levels, 0 to 255",
+    )
+    similar.add_argument(
+        "--calibrate-similar",
+        type=_share,
+        metavar="SHARE",
+        help="choose LEVELS on the first half of the frames, so that this share of answers stays the same, and "
+        "measure it on the rest",
+    )
     parser.add_argument("--batch-size", type=_positive, default=8, help="images a call (default 8)")
     parser.add_argument("--resize", action="store_true", help="enlarge images smaller than the model's input")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
@@ -178,12 +222,20 @@ def _positive(text: str) -> int:
 
 
 def _share(text: str) -> float:
+    return _up_to(1, text)
+
+
+def _levels(text: str) -> float:
+    return _up_to(255, text)
+
+
+def _up_to(largest: int, text: str) -> float:
     try:
         value = float(text)
     except ValueError:
         value = -1.0
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number between 0 and 1")
+    if not 0 <= value <= largest:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number between 0 and {largest}")
     return value
 
 
@@ -196,8 +248,22 @@ def _run(options: argparse.Namespace, bundle: Path) -> int:
             raise CveffError(f"--masks is for segmentation; {bundle} is a {engine.task} model: leave it out")
         top_k = options.top_k or (100 if engine.task == "detection" else 5)
         settings = Settings(top_k, options.min_score, options.masks)
-        results = answer_images(engine, paths, settings, batch_size=options.batch_size, resize=options.resize)
-        code = _print_json(engine, list(results)) if options.json else _print_lines(results, paths)
+        gate = None
+        if options.skip_similar is not None or options.calibrate_similar is not None:
+            check_frames(engine)
+            paths = sorted(paths, key=natural)
+        if options.calibrate_similar is not None:
+            found = calibrate_frames(engine, paths, options.calibrate_similar, resize=options.resize)
+            print(json.dumps(found.to_json(), indent=2) if options.json else found)
+            return 0
+        if options.skip_similar is not None:
+            gate = SimilarFrames(options.skip_similar)
+        results = answer_images(
+            engine, paths, settings, batch_size=options.batch_size, resize=options.resize, gate=gate
+        )
+        code = _print_json(engine, results, gate) if options.json else _print_lines(results, paths)
+        if gate is not None:
+            print(f"{gate.skipped} of {gate.frames} frames took over the answer before them", file=sys.stderr)
         for alarm in () if engine.cascade is None else engine.cascade.alarms[:1]:
             print(f"warning: {alarm}", file=sys.stderr)
         return code
@@ -211,13 +277,14 @@ def _print_lines(results: Iterator[dict[str, Any]], paths: Sequence[Path]) -> in
             num_failed += 1
             print(f"error: {result['error']}", file=sys.stderr)
             continue
-        print(f"{result['path']:<{width}}  {line(result)}")
+        print(f"{result['path']:<{width}}  {line(result)}{'   (as before)' if 'answer_of' in result else ''}")
     if num_failed:
         print(f"{num_failed} of {len(paths)} images could not be read", file=sys.stderr)
     return 2 if num_failed else 0
 
 
-def _print_json(engine: Engine, results: list[dict[str, Any]]) -> int:
+def _print_json(engine: Engine, found: Iterator[dict[str, Any]], gate: SimilarFrames | None) -> int:
+    results = list(found)
     failed = [result for result in results if "error" in result]
     document = {
         "bundle": str(engine.path),
@@ -234,6 +301,8 @@ def _print_json(engine: Engine, results: list[dict[str, Any]]) -> int:
             for item in engine.cascade.statistics()
         ]
         document["drift"] = [alarm.to_json() for alarm in engine.cascade.alarms]
+    if gate is not None:
+        document["similar"] = {"levels": gate.threshold, "frames": gate.frames, "skipped": gate.skipped}
     print(json.dumps(document, indent=2))
     for result in failed:
         print(f"error: {result['error']}", file=sys.stderr)
