@@ -103,10 +103,8 @@ def test_stages_are_the_network(name: str, arguments: dict, tmp_path: Path) -> N
     np.testing.assert_allclose(sessions[1].go_on(alone)["logits"], found[1][1:3], rtol=1e-5, atol=1e-6)
     with pytest.raises(CveffError, match="goes on from another stage and takes no images"):
         sessions[1](batch)
-    # No weight is in two files.
-    names = [
-        item.name for path in paths for item in onnx.load(path).graph.initializer if np.prod(item.dims) > 8
-    ]
+    # No weight is in two files; vectors may be, since fresh norms' are all alike and stored once.
+    names = [item.name for path in paths for item in onnx.load(path).graph.initializer if len(item.dims) > 1]
     assert len(names) == len(set(names))
 
 
