@@ -138,7 +138,7 @@ def preview(recipe: Recipe, *, device: str | None = None, progress: Progress | N
     target = None if recipe.deploy is None else load_target(recipe.deploy.target)
     if device is not None:
         check_device(device)
-    data = images_of(recipe, progress)
+    data = images_of(recipe.data, recipe.seed, progress)
     model = create_for(recipe.model, data, seed=recipe.seed)
     run = Run(
         data=data,

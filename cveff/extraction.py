@@ -9,19 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from cveff.apply import apply
-from cveff.data import load as load_data
 from cveff.data.dataset import OnBadImage
 from cveff.dynamic import ElasticSpace, ExtractSubNet
 from cveff.dynamic.elastic_space import space_of
 from cveff.dynamic.extract import RECORD
-from cveff.errors import CveffError
 from cveff.export.deploy_checks import check_labels
 from cveff.files import atomic_folder, write_json
 from cveff.model import Model, save
 from cveff.origin import check_checkpoint, images_for, name_of, origin_of
-from cveff.pipeline import check_device, evaluate
+from cveff.pipeline import check_device, evaluate, images_of
 from cveff.progress import Progress, Silent
-from cveff.subject import open_model, saved_folder
+from cveff.subject import check_result_folder, open_model
 
 
 @dataclass(frozen=True)
@@ -92,21 +90,14 @@ def extract_checkpoint(
     progress = progress or Silent()
     check_checkpoint(checkpoint)
     out = out or Path("runs") / f"{name_of(checkpoint)}-subnet"
-    _check_free(checkpoint, out, overwrite)
+    check_result_folder(checkpoint, out, RECORD, "cveff elastic extract", overwrite)
     if device is not None:
         check_device(device)
     origin = origin_of(checkpoint)
     seed = seed if seed is not None else 0 if origin is None else origin.seed
     model = open_model(checkpoint)
     space_of(model.spec.edits, model.spec.architecture)
-    wanted = images_for(checkpoint, data, on_bad_image, origin)
-    images = load_data(
-        wanted.source,
-        seed=seed,
-        on_bad_image=wanted.on_bad_image,
-        val_fraction=wanted.val_fraction,
-        progress=progress,
-    )
+    images = images_of(images_for(checkpoint, data, on_bad_image, origin), seed, progress)
     labels, warnings = check_labels(model, images)
     model = Model(replace(model.spec, labels=labels), model.module)
     with atomic_folder(out) as folder:
@@ -144,18 +135,3 @@ def elastic_space(checkpoint: str) -> ElasticSpace:
     check_checkpoint(checkpoint)
     spec = open_model(checkpoint).spec
     return space_of(spec.edits, spec.architecture)
-
-
-def _check_free(checkpoint: str, out: Path, overwrite: bool) -> None:
-    if out.exists() and not out.is_dir():
-        raise CveffError(f"{out} is an existing file; give a folder to --out")
-    source = saved_folder(checkpoint)
-    if source is not None and out.exists() and out.resolve() in (source.resolve(), *source.resolve().parents):
-        raise CveffError(f"{out} holds {checkpoint} itself; give another folder to --out")
-    if out.is_dir() and any(out.iterdir()):
-        if not (out / RECORD).is_file():
-            raise CveffError(
-                f"{out} holds files that `cveff elastic extract` did not write; give another folder to --out"
-            )
-        if not overwrite:
-            raise CveffError(f"{out} holds an earlier result; --overwrite replaces it")

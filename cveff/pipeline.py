@@ -26,7 +26,7 @@ from cveff.measure.accuracy import predict, top1
 from cveff.measure.predictor import torch_predictor
 from cveff.model import Model, create, load, save
 from cveff.progress import Progress, Silent
-from cveff.recipe import ModelSettings, Recipe
+from cveff.recipe import DataSettings, ModelSettings, Recipe
 from cveff.run_folder import check_folder, open_folder, read_json
 from cveff.runtime.errors import first_line
 from cveff.steps import Clock, Run, Step
@@ -129,7 +129,7 @@ def run(
     if device is not None:
         check_device(device)
     check_folder(out, recipe, resume, overwrite)
-    data = images_of(recipe, progress)
+    data = images_of(recipe.data, recipe.seed, progress)
     for warning in data.report.warnings:
         progress.message(f"warning: {warning}")
     phases = [(step, out / "phases" / f"{index}-{step.kind}") for index, step in enumerate(recipe.phases)]
@@ -212,7 +212,7 @@ def assist(
     name = f"0-{Train.kind}"
     if step is None or ((out / "phases" / name).is_dir() and not overwrite):
         return
-    data = images_of(recipe, Silent())
+    data = images_of(recipe.data, recipe.seed, Silent())
     model = create_for(recipe.model, data, seed=recipe.seed)
     with joined(device_of(device), step.distributed):
         apply(
@@ -371,13 +371,13 @@ def _deploy(
     )
 
 
-def images_of(recipe: Recipe, progress: Progress) -> Data:
-    """The recipe's data, split by its seed."""
+def images_of(settings: DataSettings, seed: int, progress: Progress) -> Data:
+    """The images that a `[data]` table names, split by `seed`."""
     return load_data(
-        recipe.data.source,
-        seed=recipe.seed,
-        on_bad_image=recipe.data.on_bad_image,
-        val_fraction=recipe.data.val_fraction,
+        settings.source,
+        seed=seed,
+        on_bad_image=settings.on_bad_image,
+        val_fraction=settings.val_fraction,
         progress=progress,
     )
 

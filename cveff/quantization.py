@@ -20,7 +20,6 @@ from cveff.compress import Quantize
 from cveff.compress.quant.report import Calibration
 from cveff.compress.quantize import HEEDED
 from cveff.data import Data
-from cveff.data import load as load_data
 from cveff.data.dataset import OnBadImage, Split
 from cveff.data.loading import load_images
 from cveff.errors import CveffError, RecipeError, StepError
@@ -31,13 +30,13 @@ from cveff.files import atomic_folder, atomic_path, write_json
 from cveff.measure.size import size_bytes
 from cveff.model import Model, save
 from cveff.origin import check_checkpoint, images_for, name_of, origin_of
-from cveff.pipeline import check_device
+from cveff.pipeline import check_device, images_of
 from cveff.progress import Progress, Silent
 from cveff.recipe import Recipe
 from cveff.runtime.preprocess import preprocess
 from cveff.schema import parse
 from cveff.steps import Run
-from cveff.subject import open_model, saved_folder
+from cveff.subject import check_result_folder, open_model
 from cveff.target import Target, load_target
 
 ONNX = "model.onnx"
@@ -142,7 +141,8 @@ def quantize_checkpoint(
     check_checkpoint(checkpoint)
     out = out or Path("runs") / f"{name_of(checkpoint)}-{step.precision}"
     onnx = onnx or out / ONNX
-    _check_free(checkpoint, out, onnx, overwrite)
+    check_result_folder(checkpoint, out, RECORD, "cveff quantize", overwrite)
+    _check_onnx(onnx, overwrite)
     target = None if target is None else load_target(target)
     if device is not None:
         check_device(device)
@@ -221,14 +221,7 @@ def _gather(
             f"{checkpoint} does not record the images it was trained on; give --data, or --calibration with a folder "
             "of images (no labels needed)"
         )
-    wanted = images_for(checkpoint, data, on_bad_image, origin)
-    found = load_data(
-        wanted.source,
-        seed=seed,
-        on_bad_image=wanted.on_bad_image,
-        val_fraction=wanted.val_fraction,
-        progress=progress,
-    )
+    found = images_of(images_for(checkpoint, data, on_bad_image, origin), seed, progress)
     labels, warnings = check_labels(model, found)
     if folder is not None:
         found = replace(found, train=folder)
@@ -239,19 +232,7 @@ def _gather(
     return _Images(found, found.evaluation, labels, (*found.report.warnings, *warnings))
 
 
-def _check_free(checkpoint: str, out: Path, onnx: Path, overwrite: bool) -> None:
-    if out.exists() and not out.is_dir():
-        raise CveffError(f"{out} is an existing file; give a folder to --out")
-    source = saved_folder(checkpoint)
-    if source is not None and out.exists() and out.resolve() in (source.resolve(), *source.resolve().parents):
-        raise CveffError(f"{out} holds {checkpoint} itself; give another folder to --out")
-    if out.is_dir() and any(out.iterdir()):
-        if not (out / RECORD).is_file():
-            raise CveffError(
-                f"{out} holds files that `cveff quantize` did not write; give another folder to --out"
-            )
-        if not overwrite:
-            raise CveffError(f"{out} holds an earlier result; --overwrite replaces it")
+def _check_onnx(onnx: Path, overwrite: bool) -> None:
     if onnx.is_dir() or onnx.suffix != ".onnx":
         raise CveffError(f"{onnx} is no name for an ONNX file; give one that ends in .onnx")
     if onnx.exists() and not overwrite:

@@ -28,6 +28,31 @@ def is_architecture(subject: str | Path) -> bool:
     )
 
 
+def check_result_folder(checkpoint: str, out: Path, record: str, command: str, overwrite: bool) -> None:
+    """Refuse a folder that the result of working on `checkpoint` must not go to.
+
+    Args:
+        record: the file that earlier results have.
+        command: what writes them, for the error.
+        overwrite: replace an earlier result.
+
+    Raises:
+        CveffError: it is a file, holds the checkpoint itself or what `command` did not write, or an earlier result.
+    """
+    if out.exists() and not out.is_dir():
+        raise CveffError(f"{out} is an existing file; give a folder to --out")
+    source = saved_folder(checkpoint)
+    if source is not None and out.exists() and out.resolve() in (source.resolve(), *source.resolve().parents):
+        raise CveffError(f"{out} holds {checkpoint} itself; give another folder to --out")
+    if out.is_dir() and any(out.iterdir()):
+        if not (out / record).is_file():
+            raise CveffError(
+                f"{out} holds files that `{command}` did not write; give another folder to --out"
+            )
+        if not overwrite:
+            raise CveffError(f"{out} holds an earlier result; --overwrite replaces it")
+
+
 def open_model(
     subject: str | Path,
     *,

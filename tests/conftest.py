@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -155,3 +158,13 @@ def onnx_maker() -> Callable[..., Path]:
 def manifest_maker() -> Callable[..., dict[str, Any]]:
     """`make_manifest`, for tests that need another manifest."""
     return make_manifest
+
+
+@pytest.fixture
+def benchmark_module(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], ModuleType]]:
+    """Import a script of tools/benchmarks as if it ran there."""
+    folder = Path(__file__).parents[1] / "tools" / "benchmarks"
+    monkeypatch.syspath_prepend(str(folder))
+    yield importlib.import_module
+    for script in folder.glob("*.py"):
+        sys.modules.pop(script.stem, None)

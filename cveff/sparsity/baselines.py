@@ -43,8 +43,22 @@ class Oracle:
         return largest(mlp.values(x).abs(), kept_of(mlp, self.keep)), None
 
 
+class _SameForAll:
+    """Neurons that were chosen once, whatever the token."""
+
+    def shapes(self, mlp: Mlp) -> dict[str, tuple[int, ...]]:
+        """`chosen`: 1 for a neuron that is kept."""
+        return {"chosen": (mlp.hidden,)}
+
+    def choose(
+        self, tensors: Mapping[str, Tensor], mlp: Mlp, x: Tensor, seen: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `NeuronMethod`."""
+        return tensors["chosen"].bool().expand(len(x), -1), None
+
+
 @dataclass(frozen=True)
-class HotNeurons:
+class HotNeurons(_SameForAll):
     """The neurons that are most often among a token's largest on the documents: the same for every token."""
 
     keep: float = 0.5
@@ -69,19 +83,9 @@ class HotNeurons:
         chosen = [largest(count, kept_of(mlp, self.keep)) for mlp, count in zip(mlps, counts, strict=True)]
         return [{"chosen": mask.float()} for mask in chosen], {}
 
-    def shapes(self, mlp: Mlp) -> dict[str, tuple[int, ...]]:
-        """`chosen`: 1 for a neuron that is kept."""
-        return {"chosen": (mlp.hidden,)}
-
-    def choose(
-        self, tensors: Mapping[str, Tensor], mlp: Mlp, x: Tensor, seen: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        """As `NeuronMethod`."""
-        return tensors["chosen"].bool().expand(len(x), -1), None
-
 
 @dataclass(frozen=True)
-class RandomNeurons:
+class RandomNeurons(_SameForAll):
     """Neurons drawn once for each MLP: what choosing is worth nothing without."""
 
     keep: float = 0.5
@@ -103,13 +107,3 @@ class RandomNeurons:
             {"chosen": largest(score, kept_of(mlp, self.keep)).float()}
             for mlp, score in zip(mlps, scores, strict=True)
         ], {}
-
-    def shapes(self, mlp: Mlp) -> dict[str, tuple[int, ...]]:
-        """`chosen`: 1 for a neuron that is kept."""
-        return {"chosen": (mlp.hidden,)}
-
-    def choose(
-        self, tensors: Mapping[str, Tensor], mlp: Mlp, x: Tensor, seen: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        """As `NeuronMethod`."""
-        return tensors["chosen"].bool().expand(len(x), -1), None

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -34,7 +35,7 @@ class Shared:
     measured: dict[tuple[object, ...], float] = field(default_factory=dict)
 
 
-class SparseHook:
+class SparseHook(ABC):
     """Counts what is chosen, and decides whether so much is better computed whole."""
 
     def __init__(self, shared: Shared) -> None:
@@ -43,11 +44,9 @@ class SparseHook:
         self.chosen: float | Tensor = 0.0
         self.union: float | Tensor = 0.0
 
-    @contextmanager
-    def installed(self) -> Iterator[None]:
+    @abstractmethod
+    def installed(self) -> AbstractContextManager[None]:
         """The hook in its layer's place until the block ends."""
-        raise NotImplementedError
-        yield
 
     def _index(self, mask: Tensor, key: tuple[object, ...], ways: Callable[[], _Ways]) -> Tensor | None:
         """Numbers that any row of the mask (N, size) chose; None if all is better computed."""

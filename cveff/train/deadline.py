@@ -3,14 +3,22 @@ the machine."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import torch
 
-from cveff.steps import Run
+from cveff.steps import Clock, Run
 from cveff.train.budget import Budget, Reserve
 from cveff.train.compute import BACKWARD
+from cveff.train.evaluate import evaluate
 from cveff.train.schedule import learning_rate_factor
+from cveff.train.snapshot import keep_state
+from cveff.train.timing import evaluation_seconds
+
+if TYPE_CHECKING:
+    from cveff.train.loop import Trainer
 
 _TIMED_AGAIN_AT = 0.8  # share of the time for training
 _SYNCHRONIZE_EVERY = 8  # steps on a GPU: doing it at every step would leave it idle in between
@@ -103,3 +111,32 @@ class Deadline:
         clock = self._run.clock
         afterwards = 0.0 if clock is None or clock.afterwards is None else clock.afterwards()
         return Reserve(self._evaluation(), self._saving, afterwards)
+
+
+def start_clock(trainer: Trainer) -> Deadline:
+    """Time what the end of a run's budget is kept free for, and begin.
+
+    Raises:
+        TrainingError: the budget is too short.
+    """
+    settings, run = trainer.settings, trainer.run
+    assert settings.budget is not None
+    clock = run.clock or Clock(trainer.started)
+    budget = Budget(settings.budget, clock, spent=trainer.meter.compute.seconds, begun=trainer.begun)
+    started = time.monotonic()
+    if run.folder:
+        keep_state(trainer)
+    module = trainer.average.module if trainer.average else trainer.module
+    spec, split = trainer.model.spec.input, trainer.val_split
+    return Deadline(
+        budget,
+        run,
+        lambda: evaluation_seconds(lambda part: evaluate(module, part, spec, trainer.autocast()), split),
+        len(split),
+        # The state, the best and the last weights: at the end all three are written.
+        saving=3 * (time.monotonic() - started),
+        batch_size=settings.batch_size,
+        epoch_images=len(trainer.train_split),
+        step=trainer.step,
+        warmup_share=settings.warmup_epochs / settings.epochs,
+    )

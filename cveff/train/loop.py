@@ -19,12 +19,11 @@ from cveff.errors import StepError
 from cveff.files import write_json
 from cveff.measure.training_memory import MemoryTracker
 from cveff.model import Model, save_weights
-from cveff.steps import Clock, Run
-from cveff.train.budget import Budget
+from cveff.steps import Run
 from cveff.train.checkpointing import checkpointed
 from cveff.train.compute import Compute, Meter
 from cveff.train.course import Course, Epochs
-from cveff.train.deadline import Deadline
+from cveff.train.deadline import Deadline, start_clock
 from cveff.train.ema import MovingAverage
 from cveff.train.evaluate import evaluate
 from cveff.train.feed import Feed
@@ -40,7 +39,6 @@ from cveff.train.precision import choose_precision
 from cveff.train.snapshot import STATE, keep_state, resume
 from cveff.train.spread import Spread
 from cveff.train.thinning import Thinning
-from cveff.train.timing import evaluation_seconds
 
 if TYPE_CHECKING:
     from cveff.train.train import Train
@@ -190,7 +188,7 @@ class Trainer:
         self.watched_step = min(self.step + 1, self.course.total_steps - 1)
         if not self.finished:
             if self.settings.budget is not None:
-                self._start_clock()
+                self.course = self.deadline = start_clock(self)
             steps = self.course.bar(self.step)
             for epoch in itertools.count(self.step // self.batches_per_epoch):
                 self._train_epoch(epoch, steps)
@@ -272,13 +270,13 @@ class Trainer:
         if weights is not None:
             targets = weighted(targets, weights, len(self.model.spec.labels), settings.label_smoothing)
         images = self.thinning.prepare(images, self.course.share(self.step))
-        with self._autocast():
+        with self.autocast():
             self.meter.count(images, self.thinning.layer_tokens, self.run.device, self.batch_images)
         self.optimizer.zero_grad()
         total = torch.zeros((), device=self.run.device)
         for part, answers, context in self.spread.parts(self.loss, images, targets):
             with context:
-                with self._autocast():
+                with self.autocast():
                     loss = self.loss(part.to(self.run.device, non_blocking=True), answers.to(self.run.device))
                 loss = loss / self.batch_images
                 # Gradients are averaged over ranks, whose parts of the batch need not be equal.
@@ -322,7 +320,7 @@ class Trainer:
             started = time.monotonic()
             self.spread.validating(module)
             gather = self.spread.gather(len(self.val_split))
-            figures = evaluate(module, self.val_part, self.model.spec.input, self._autocast(), gather)
+            figures = evaluate(module, self.val_part, self.model.spec.input, self.autocast(), gather)
             self.meter.compute.evaluation_seconds += time.monotonic() - started
             self.epoch_figures |= {"val/accuracy": figures["accuracy"], "val/loss": figures["loss"]}
             if self.growth.is_complete(self.step) and figures["accuracy"] > self.best_accuracy:
@@ -360,31 +358,6 @@ class Trainer:
             budget.resume_steps()
         return self.finished
 
-    def _start_clock(self) -> None:
-        """Time what the end of the budget is kept free for, and begin."""
-        settings, run = self.settings, self.run
-        assert settings.budget is not None
-        clock, spent = run.clock or Clock(self.started), self.meter.compute.seconds
-        budget = Budget(settings.budget, clock, spent=spent, begun=self.begun)
-        started = time.monotonic()
-        if run.folder:
-            keep_state(self)
-        module, spec = self.average.module if self.average else self.module, self.model.spec.input
-        self.course = self.deadline = Deadline(
-            budget,
-            run,
-            lambda: evaluation_seconds(
-                lambda part: evaluate(module, part, spec, self._autocast()), self.val_split
-            ),
-            len(self.val_split),
-            # The state, the best and the last weights: at the end all three are written.
-            saving=3 * (time.monotonic() - started),
-            batch_size=settings.batch_size,
-            epoch_images=len(self.train_split),
-            step=self.step,
-            warmup_share=settings.warmup_epochs / settings.epochs,
-        )
-
     def _finish_objective(self) -> None:
         """What follows the course of training, such as a growing share of zeros, arrives where it was going to."""
         for module in (self.module, *([self.average.module] if self.average else [])):
@@ -410,7 +383,8 @@ class Trainer:
         if self.spread.writes:
             save_weights(self.model.spec, weights, self.run.folder / name)
 
-    def _autocast(self) -> AbstractContextManager[Any]:
+    def autocast(self) -> AbstractContextManager[Any]:
+        """What the network computes in."""
         if self.precision == torch.float32:
             return nullcontext()
         return torch.autocast(self.run.device.type, self.precision)

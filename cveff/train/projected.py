@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
@@ -19,7 +20,7 @@ LAZY_REFRESHES = 5
 RESIDUAL_GROWTH = 1.01
 
 
-class ProjectedOptimizer(torch.optim.Optimizer):
+class ProjectedOptimizer(torch.optim.Optimizer, ABC):
     """An optimizer of moments in low-rank bases; a subclass says what the moments are.
 
     Attributes:
@@ -41,6 +42,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             )
         super().__init__(params, defaults)
 
+    @abstractmethod
     def direction(
         self, gradient: Tensor, state: dict[str, Any], group: Mapping[str, Any]
     ) -> tuple[Tensor, Tensor | None, float]:
@@ -49,7 +51,6 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         Returns:
             numerator, denominator (None: 1) and divisor: the step is -lr · numerator / denominator / divisor.
         """
-        raise NotImplementedError
 
     def prepare(self, parameter: nn.Parameter, gradient: Tensor, group: Mapping[str, Any]) -> Tensor:
         """Weight decay before the update; the gradient to use."""
