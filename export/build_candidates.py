@@ -151,7 +151,7 @@ def _prepared(
     )
     try:
         return candidate, open_file("onnxruntime", path, threads=candidate.threads)
-    except EngineError:  # it has no kernels for bfloat16 and float8
+    except EngineError:  # it has no kernels for bfloat16, nor before 1.32 for float8
         return candidate, None
 
 

@@ -21,6 +21,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
+@pytest.fixture(scope="session")
+def opens_float8() -> bool:
+    """Whether this ONNX Runtime computes float8 files: since 1.32."""
+    import onnxruntime
+
+    return tuple(int(part) for part in onnxruntime.__version__.split(".")[:2]) >= (1, 32)
+
+
 def make_onnx(
     path: Path,
     *,

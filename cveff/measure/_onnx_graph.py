@@ -12,6 +12,7 @@ import numpy as np
 from cveff.errors import EngineError, MissingDependencyError
 from cveff.measure.onnx_modules import node_module
 from cveff.runtime.errors import first_line
+from cveff.runtime.onnx_types import harmful_rewrites
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,10 @@ class Exposed:
         )
         try:
             self._session = runtime.InferenceSession(
-                model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+                model.SerializeToString(),
+                options,
+                providers=["CPUExecutionProvider"],
+                disabled_optimizers=harmful_rewrites({item.data_type for item in model.graph.initializer}),
             )
         except Exception as error:
             raise EngineError(f"ONNX Runtime cannot open {graph.path}: {first_line(error)}") from error

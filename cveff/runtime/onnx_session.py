@@ -12,6 +12,7 @@ import numpy as np
 from .errors import EngineError
 from .onnx_binding import BoundCalls
 from .onnx_providers import PROVIDERS, Provider
+from .onnx_types import harmful_rewrites, stored_types
 from .session import Choices, Session, check_options, engine_message
 
 OPTIONS: Mapping[str, Choices] = {"graph_optimizations": (True, False)}
@@ -68,7 +69,10 @@ class OnnxSession(Session):
         providers = ["CPUExecutionProvider"] if provider is None else provider.listed(chosen)
         try:
             self._session: Any = onnxruntime.InferenceSession(
-                str(path), sess_options=settings, providers=providers
+                str(path),
+                sess_options=settings,
+                providers=providers,
+                disabled_optimizers=harmful_rewrites(stored_types(path)),
             )
         except Exception as error:  # its exceptions share no base class below Exception
             raise EngineError(f"ONNX Runtime cannot open {path}: {engine_message(error)}") from error

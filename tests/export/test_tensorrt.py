@@ -57,7 +57,7 @@ def test_files_are_made_without_it(files: Int8, precision: str, kind: int) -> No
 
 
 def test_candidates_are_prepared_for_a_device_that_has_it(
-    files: Int8, no_tensorrt: None, monkeypatch: pytest.MonkeyPatch
+    files: Int8, no_tensorrt: None, monkeypatch: pytest.MonkeyPatch, opens_float8: bool
 ) -> None:
     pairs = (("onnxruntime", "fp32"), ("tensorrt", "fp32"), ("tensorrt", "fp16"), ("tensorrt", "fp8"))
     target = Target("gpu", "a GPU", pairs, threads=1)
@@ -67,7 +67,7 @@ def test_candidates_are_prepared_for_a_device_that_has_it(
         built = build(files.folder / "model.onnx", target, files, files.folder, Silent())
         built.close()
         assert list(built.sessions) == ["onnxruntime fp32"]
-        assert list(built.stand_ins) == ["tensorrt fp32", "tensorrt fp16"]  # ONNX Runtime has no float8
+        assert list(built.stand_ins) == ["tensorrt fp32", "tensorrt fp16", *["tensorrt fp8"] * opens_float8]
         float32, half, small = built.candidates[1:]
         reason = "TensorRT is not installed" if is_installed else "pip install 'cveff[tensorrt]'"
         assert reason in half.error

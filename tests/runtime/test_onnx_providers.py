@@ -27,7 +27,9 @@ class Recorder:
     starts: tuple[str, ...] | None = None
     elsewhere: tuple[tuple[str, str], ...] = ()
 
-    def __init__(self, path: str, sess_options: Any, providers: list[Any]) -> None:
+    def __init__(
+        self, path: str, sess_options: Any, providers: list[Any], disabled_optimizers: list[str]
+    ) -> None:
         type(self).calls.append((sess_options, providers))
         self._session = _SESSION(path, sess_options=sess_options, providers=[CPU])
         self.fallback = True
