@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from cveff.kernels.decode_attention import choice, decode_attention
 from cveff.kv.kivi import KIVI
 from cveff.kv.prompt import CHUNK
 from cveff.kv.rotation import Rotation
@@ -190,6 +191,8 @@ class Group:
                 [self._storage.unpack_values(self._packed.values).flatten(1, 2), values], dim=1
             )
         queries = self._mine(queries)
+        if step.length == 1 and self._packed is None and self._has_kernel(queries):
+            return self._decode(queries, scale)
         parts = []
         for first in range(0, step.length, CHUNK):
             last = min(first + CHUNK, step.length)
@@ -197,6 +200,30 @@ class Group:
             rows = queries[:, :, first:last]
             parts.append(self._attend(rows, keys, values, mask, scale, self._counted(step, first, last)))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+    def _has_kernel(self, queries: Tensor) -> bool:
+        if self._keys.shape != self._values.shape:
+            return False
+        keys, values = self._keys.flatten(0, 1), self._values.flatten(0, 1)
+        scores = None if self._scores is None else self._scores.flatten()
+        return choice(queries[:, :, 0], keys, values, scores).implementation != "reference"
+
+    def _decode(self, queries: Tensor, scale: float) -> Tensor:
+        """Attention of the newest token alone, which reads nothing but the slots in use."""
+        device, count = queries.device, len(self.indices)
+        offsets = torch.arange(
+            0, (count + 1) * self.capacity, self.capacity, dtype=torch.int32, device=device
+        )
+        found = decode_attention(
+            queries[:, :, 0],
+            self._keys.flatten(0, 1),
+            self._values.flatten(0, 1),
+            offsets,
+            torch.tensor(self.lengths, dtype=torch.int32, device=device),
+            scale,
+            received=None if self._scores is None else self._scores.flatten(),
+        )
+        return found[:, :, None]
 
     def evict(self, seen: Sequence[int], rotation: Rotation | None) -> None:
         """Drop what the rules do not keep.

@@ -30,6 +30,7 @@ def decode_attention(
     lengths: Tensor,
     scale: float,
     *,
+    received: Tensor | None = None,
     implementation: Implementation | None = None,
 ) -> Tensor:
     """softmax(scale · q kᵀ) v within each segment; zeros where a segment is empty.
@@ -41,6 +42,7 @@ def decode_attention(
             image or text b and to query heads h·H/Hkv up to (h+1)·H/Hkv.
         lengths: (B·Hkv,) int32, tokens of each segment that count, from its beginning.
         scale: of the scores, usually D**-0.5.
+        received: (T,) float32, to which every token's mean weight over the query heads of its segment is added.
         implementation: by default the fastest that can run; `choice` says which and why.
 
     Returns:
@@ -51,11 +53,13 @@ def decode_attention(
             implementation asked for cannot run.
     """
     _check(q, k, v, offsets, lengths)
-    chosen = choice(q, k, v, implementation=implementation).implementation
+    if received is not None and (received.dtype != torch.float32 or received.shape != k.shape[:1]):
+        raise KernelError(f"received is {tuple(received.shape)} {received.dtype}; give ({len(k)},) float32")
+    chosen = choice(q, k, v, received, implementation=implementation).implementation
     if q.numel() == 0:
         found = torch.zeros_like(q)
     elif chosen == "reference":
-        found = reference.decode_attention(q, k, v, offsets, lengths, scale)
+        found = reference.decode_attention(q, k, v, offsets, lengths, scale, received)
     elif chosen == "triton":
         from cveff.kernels.decode_attention import triton
 
@@ -72,21 +76,35 @@ def decode_attention(
             *(k.dtype == torch.bfloat16, q.float().contiguous()),
             *(len(lengths), batch * heads // len(lengths), head_dim),
             *(k, k.stride(0), v, v.stride(0), offsets.contiguous(), lengths.contiguous()),
-            *(float(scale), found, torch.get_num_threads()),
+            *(float(scale), found, received, torch.get_num_threads()),
         )
     return found.to(q.dtype)
 
 
-def choice(q: Tensor, k: Tensor, v: Tensor, *, implementation: Implementation | None = None) -> Choice:
+def choice(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    received: Tensor | None = None,
+    *,
+    implementation: Implementation | None = None,
+) -> Choice:
     """Which implementation `decode_attention` takes for these, and why.
 
     Raises:
         KernelError: as `decode_attention`.
     """
     found = choose([q, k, v], SOURCE, implementation)
-    if found.implementation == "reference" or (row_major(k) and row_major(v)):
+    if found.implementation == "reference":
         return found
-    reason = "a row of the keys or values is not contiguous; the kernels read whole rows"
+    if not (row_major(k) and row_major(v)):
+        reason = "a row of the keys or values is not contiguous; the kernels read whole rows"
+    elif received is not None and found.implementation == "triton":
+        reason = "Triton's kernel does not sum what tokens receive"
+    elif received is not None and not received.is_contiguous():
+        reason = "`received` is not contiguous"
+    else:
+        return found
     if implementation is not None:
         raise KernelError(f"the {implementation} kernel cannot run: {reason}")
     return Choice("reference", reason)

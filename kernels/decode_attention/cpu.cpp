@@ -14,7 +14,7 @@ struct Piece {
 
 template <class T>
 static void attend(const Piece& piece, const float* q, int64_t group, int64_t size, const T* k, int64_t k_stride,
-                   const T* v, int64_t v_stride, float scale, float* scores, float* partial) {
+                   const T* v, int64_t v_stride, float scale, float* scores, float* partial, float* received) {
     const int64_t padded = (piece.count + ROWS - 1) / ROWS * ROWS;
     for (int64_t t = 0; t < padded; t += ROWS) {
         const T* rows[ROWS];
@@ -43,6 +43,7 @@ static void attend(const Piece& piece, const float* q, int64_t group, int64_t si
         std::memset(out, 0, sizeof(float) * size);
         out[size] = largest;
         out[size + 1] = total;
+        if (received) std::memcpy(received + g * piece.count, own, sizeof(float) * piece.count);
     }
     for (int64_t t = 0; t < padded; t += ROWS) {
         const T* rows[ROWS];
@@ -59,14 +60,16 @@ static void attend(const Piece& piece, const float* q, int64_t group, int64_t si
 template <class T>
 static void run(const float* q, int64_t segments, int64_t group, int64_t size, const T* k, int64_t k_stride, const T* v,
                 int64_t v_stride, const int32_t* offsets, const int32_t* lengths, float scale, float* y,
-                int64_t threads) {
+                float* received, int64_t threads) {
     std::vector<Piece> pieces;
-    std::vector<int64_t> first(segments + 1, 0);
+    std::vector<int64_t> first(segments + 1, 0), before(segments + 1, 0);
     for (int64_t s = 0; s < segments; s++) {
         for (int64_t t = 0; t < lengths[s]; t += PIECE)
             pieces.push_back({s, offsets[s] + t, std::min<int64_t>(PIECE, lengths[s] - t)});
         first[s + 1] = pieces.size();
+        before[s + 1] = before[s] + lengths[s] * group;
     }
+    std::vector<float> weights(received ? before[segments] : 0);
     const int64_t wide = group * (size + 2);
     std::vector<float> partial(pieces.size() * wide);
 #pragma omp parallel num_threads(threads)
@@ -75,7 +78,9 @@ static void run(const float* q, int64_t segments, int64_t group, int64_t size, c
 #pragma omp for schedule(static)
         for (int64_t p = 0; p < (int64_t)pieces.size(); p++)
             attend(pieces[p], q + pieces[p].segment * group * size, group, size, k, k_stride, v, v_stride, scale,
-                   scores.data(), partial.data() + p * wide);
+                   scores.data(), partial.data() + p * wide,
+                   received ? weights.data() + before[pieces[p].segment] + (p - first[pieces[p].segment]) * PIECE * group
+                            : nullptr);
 #pragma omp for schedule(static)
         for (int64_t s = 0; s < segments; s++)
             for (int64_t g = 0; g < group; g++) {
@@ -92,19 +97,27 @@ static void run(const float* q, int64_t segments, int64_t group, int64_t size, c
                 }
                 if (first[s] < first[s + 1])
                     for (int64_t i = 0; i < size; i++) out[i] /= total;
+                if (!received) continue;
+                const float* own = weights.data() + before[s];
+                for (int64_t p = first[s]; p < first[s + 1]; own += group * pieces[p++].count) {
+                    const float share = std::exp(partial[p * wide + g * (size + 2) + size] - largest) / (total * group);
+                    for (int64_t t = 0; t < pieces[p].count; t++)
+                        received[pieces[p].begin + t] += share * own[g * pieces[p].count + t];
+                }
             }
     }
 }
 
-// y (segments, group, size); a segment's keys and values are its first `length` rows from `offset` on.
+// y (segments, group, size); a segment's keys and values are its first `length` rows from `offset` on. `received`, where
+// it is not null, has a number for each row of k, to which the mean of its weights over the group is added.
 extern "C" void decode_attention(int64_t half, const float* q, int64_t segments, int64_t group, int64_t size,
                                  const void* k, int64_t k_stride, const void* v, int64_t v_stride,
                                  const int32_t* offsets, const int32_t* lengths, float scale, float* y,
-                                 int64_t threads) {
+                                 float* received, int64_t threads) {
     if (half)
         run(q, segments, group, size, (const bfloat16*)k, k_stride, (const bfloat16*)v, v_stride, offsets, lengths,
-            scale, y, threads);
+            scale, y, received, threads);
     else
         run(q, segments, group, size, (const float*)k, k_stride, (const float*)v, v_stride, offsets, lengths, scale, y,
-            threads);
+            received, threads);
 }

@@ -7,7 +7,13 @@ from torch import Tensor
 
 
 def decode_attention(
-    q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, lengths: Tensor, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    offsets: Tensor,
+    lengths: Tensor,
+    scale: float,
+    received: Tensor | None = None,
 ) -> Tensor:
     """Segment by segment; arguments as the dispatcher's.
 
@@ -22,4 +28,6 @@ def decode_attention(
             keys, values = k[begin : begin + length].float(), v[begin : begin + length].float()
             weights = torch.softmax(scale * queries[segment] @ keys.T, dim=-1)
             found[segment] = weights @ values
+            if received is not None:
+                received[begin : begin + length] += weights.mean(0)
     return found.reshape(batch, heads, head_dim)

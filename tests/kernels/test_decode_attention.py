@@ -119,3 +119,33 @@ def test_wrong_input(change: dict, words: str, monkeypatch: pytest.MonkeyPatch) 
     }
     with pytest.raises(KernelError, match=words):
         decode_attention(**(given | change))
+
+
+@pytest.mark.parametrize("implementation", ["reference", "cpu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_tokens_receive_is_added(implementation: str, dtype: torch.dtype) -> None:
+    lengths = [600, 0, 1, 256]
+    k, v, offsets, counts = cache(lengths, [3, 2, 0, 5], 24, dtype)
+    q = torch.randn(2, 6, 24, generator=torch.Generator().manual_seed(1)).to(dtype)
+    received = torch.full((len(k),), 0.5)
+    plain = decode_attention(q, k, v, offsets, counts, 0.3, implementation=implementation)
+    found = decode_attention(q, k, v, offsets, counts, 0.3, received=received, implementation=implementation)
+    assert torch.equal(found, plain)
+    want = torch.full((len(k),), 0.5, dtype=torch.float64)
+    for segment, (begin, length) in enumerate(zip(offsets.tolist(), lengths, strict=False)):
+        rows = q.double().reshape(4, 3, 24)[segment]
+        want[begin : begin + length] += torch.softmax(
+            0.3 * rows @ k[begin : begin + length].double().T, 1
+        ).mean(0)
+    # Sums of 600 weights in float32.
+    torch.testing.assert_close(received.double(), want, rtol=0, atol=1e-6)
+
+
+def test_what_tokens_receive_must_fit() -> None:
+    k, v, offsets, lengths = cache([4], [0], 8, torch.float32)
+    q = torch.randn(1, 1, 8)
+    for wrong in (torch.zeros(3), torch.zeros(4, dtype=torch.float64)):
+        with pytest.raises(KernelError, match=r"give \(4,\) float32"):
+            decode_attention(q, k, v, offsets, lengths, 1.0, received=wrong)
+    with pytest.raises(KernelError, match="`received` is not contiguous"):
+        decode_attention(q, k, v, offsets, lengths, 1.0, received=torch.zeros(8)[::2], implementation="cpu")

@@ -92,8 +92,9 @@ def trained_llama(folder: Path, steps: int) -> tuple[Any, dict[str, Tensor]]:
         starts = torch.randint(0, len(data) - length, (count,), generator=generator).tolist()
         ids = torch.stack([data[at : at + length] for at in starts])
         ids[:, 0] = BEGIN
-        logits = model(ids, use_cache=False).logits[:, :-1]
-        loss = nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(ids, use_cache=False).logits[:, :-1]
+        loss = nn.functional.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten())
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
