@@ -29,6 +29,7 @@ _HOME = {
     "quantize_weights": "cveff.compress.quant.weight_edit:QuantizeWeights",
     "cond_conv": "cveff.dynamic.cond_conv:ConditionalConvolutions",
     "early_exit": "cveff.dynamic.exits:Exits",
+    "glance_focus": "cveff.dynamic.views:Views",
     "sparsity": "cveff.compress.sparsity:Sparsity",
     "adapters": "cveff.train.adapters:Adapters",
     "reduce_tokens": "cveff.dynamic.token_edit:TokenReduction",

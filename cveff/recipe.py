@@ -20,7 +20,7 @@ from cveff.compress import Distill, LowRank, Prune, Quantize, Sparsify
 from cveff.compress.quantize import TRAINABLE
 from cveff.data.augment import Augmentation
 from cveff.data.named import NAMED
-from cveff.dynamic import CondConv, EarlyExit, Elastic, ExtractSubNet, ReduceTokens
+from cveff.dynamic import CondConv, EarlyExit, Elastic, ExtractSubNet, GlanceFocus, ReduceTokens
 from cveff.errors import RecipeError
 from cveff.recipe_settings import DataSettings, DeploySettings, ModelSettings
 from cveff.schema import parse
@@ -67,6 +67,7 @@ def _step_kinds() -> dict[str, type]:
         CondConv,
         Quantize,
         EarlyExit,
+        GlanceFocus,
         Incubate,
         Elastic,
         ExtractSubNet,
@@ -139,10 +140,10 @@ class Recipe:
 
     def _check_after_exits(self, index: int, step: Step) -> None:
         """Heads read what blocks give, so blocks that change their shape behind them would break them."""
-        if any(isinstance(item, EarlyExit) for item in self.steps[:index]) and not isinstance(
-            step, (Train, Distill)
-        ):
-            raise RecipeError(f"steps[{index}]: {step.kind} comes after early_exit; put early_exit behind it")
+        earlier = [item for item in self.steps[:index] if isinstance(item, (EarlyExit, GlanceFocus))]
+        if earlier and not isinstance(step, (Train, Distill)):
+            kind = earlier[0].kind
+            raise RecipeError(f"steps[{index}]: {step.kind} comes after {kind}; put {kind} behind it")
 
     def _check_training(self, train: Train) -> None:
         if train.epochs == 0 and train.ema > 0:
@@ -344,7 +345,7 @@ def parse_assignment(text: str) -> tuple[str, Any]:
 
 
 def _trains(step: Step) -> bool:
-    if isinstance(step, EarlyExit):
+    if isinstance(step, (EarlyExit, GlanceFocus)):
         return step.train is not None
     return (
         isinstance(step, (Train, Distill, Tune, Incubate, Elastic))

@@ -32,7 +32,8 @@ class _WithChoices(nn.Module):
         seen: list[Tensor] = []
         hooks = [part.register_forward_hook(lambda _, __, out: seen.append(out)) for part in _choices(self)]
         try:
-            return (self.network(x), *seen)
+            answer = self.network(x)
+            return (*(answer if isinstance(answer, tuple) else (answer,)), *seen)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -45,9 +46,8 @@ def shown(shipped: Answer, input: InputSpec) -> Answer:
     network = _WithChoices(shipped.network)
     blank = torch.zeros(1, input.channels, *input.size)
     with torch.no_grad():
-        count = (
-            len(deployable(network, input).network(blank)) - 1
-        )  # choices made: a reducer may find nothing to do
+        # Choices made: a reducer may find nothing to do.
+        count = len(deployable(network, input).network(blank)) - len(shipped.names)
     return replace(
         shipped, network=network, proofs=tuple(_name(index) for index in range(count)), has_choices=True
     )

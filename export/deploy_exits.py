@@ -56,10 +56,10 @@ def deploy_exits(
     network = with_exits(model.module, model.spec.architecture)
     with tempfile.TemporaryDirectory(prefix="cveff-exits-") as temporary:
         work = Path(temporary)
-        progress.message(f"exporting {model.spec.architecture} in {len(network.paths) + 1} stages")
+        progress.message(f"exporting {model.spec.architecture} in {len(network.names) + 1} stages")
         paths = export_stages(model, work, whole=ONNX)
         engine, notes = _fastest(work / ONNX, target, images, model, seed)
-        names = (*network.paths, "the end")
+        names = (*network.names, "the end")
         stages = tuple(
             Stage(
                 name=exit_name,
@@ -154,6 +154,7 @@ def check_goal(goal: Goal | None, gate: str | None, has_exits: bool) -> tuple[Go
     """
     if not has_exits and (goal is not None or gate is not None):
         raise StepError(
-            "exits and gate are for models with early exits, and this one has none; apply EarlyExit first"
+            "exits and gate are for models with early exits, and this one has none; apply EarlyExit or GlanceFocus "
+            "first"
         )
     return goal or Goal(accuracy_drop=0.5), gate or "confidence"

@@ -75,13 +75,13 @@ def export_branching(
         CheckpointError, ExportError: as `export_stages`.
     """
     network = with_exits(model.module, model.spec.architecture)
-    checked = check_thresholds(thresholds, len(network.paths) + 1)
+    checked = check_thresholds(thresholds, len(network.names) + 1)
     return _write(branching(_cut(model, opset), checked, gate, len(model.spec.labels)), Path(path))
 
 
 def _cut(model: Model, opset: int | None) -> Cut:
     network = with_exits(model.module, model.spec.architecture)
-    names = (*(f"exit{index + 1}" for index in range(len(network.paths))), LOGITS)
+    names = (*(f"exit{index + 1}" for index in range(len(network.names))), LOGITS)
     with tempfile.TemporaryDirectory(prefix="cveff-exits-") as folder:
         path = export_answer(model, Answer(_AllExits(network), names), Path(folder) / "all.onnx", opset=opset)
         return Cut(onnx.load(path), names)

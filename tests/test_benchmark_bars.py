@@ -90,6 +90,34 @@ def test_early_exit_passes_only_with_every_bar(benchmark_module) -> None:
         assert found["passes"] is False and len(found["missed"]) == 1
 
 
+def test_glancing_passes_only_where_the_plain_network_is_slower_or_worse(benchmark_module) -> None:
+    subject = benchmark_module("glance_focus")
+    items = [
+        {"name": name, "batch": batch, "median_ms": ms, "accuracy": accuracy}
+        for batch in (1, 8)
+        for name, ms, accuracy in (("plain", 2.0, 0.90), ("activation", 1.5, 0.89), ("learned", 2.5, 0.91))
+    ]
+    good = {"subjects": items, "points_lost": {"activation": 0.3, "learned": 0.1}}
+    assert subject.verdict(good)["passes"] is True
+    slow = [{**item, "median_ms": 2.0} if item["name"] == "activation" else item for item in items]
+    assert subject.verdict({**good, "subjects": slow})["missed"] == [
+        f"activation: the plain network is as fast and as accurate at batch {batch}" for batch in (1, 8)
+    ]
+    lost = {"activation": 0.3, "learned": 0.31}
+    assert subject.verdict({**good, "points_lost": lost})["missed"] == ["learned: 0.31 points lost > 0.3"]
+
+
+def test_scenes_hold_the_garment_and_pieces_of_others(benchmark_module) -> None:
+    subject = benchmark_module("glance_focus")
+    garments = np.random.default_rng(0).integers(1, 256, (5, 28, 28, 1), np.uint8)
+    found, corners = subject.scenes(garments, side=64, seed=3)
+    assert found.shape == (5, 64, 64, 1) and found.dtype == np.uint8
+    for scene, garment, (top, left) in zip(found, garments, corners, strict=True):
+        assert np.array_equal(scene[top : top + 28, left : left + 28], garment)
+        assert (scene > 0).sum() > 28 * 28
+    assert np.array_equal(subject.scenes(garments, side=64, seed=3)[0], found)
+
+
 def test_a_cascade_must_be_on_the_front_and_its_alarm_right(benchmark_module) -> None:
     subject = benchmark_module("cascade")
     items = [("small", 1.0, 0.90), ("large", 3.0, 0.95), ("cascade", 1.5, 0.949)]

@@ -31,6 +31,7 @@ SCRIPTS = (
     "low_rank",
     "sparsity",
     "early_exit",
+    "glance_focus",
     "cascade",
     "choices",
     "prune_quality",

@@ -94,9 +94,13 @@ class SmallResNet(nn.Module):
         """(N, in_chans, H, W) → (N, widths[-1], H / 2**(stages - 1), W / 2**(stages - 1))."""
         return self.stages(self.stem(x))
 
+    def forward_head(self, x: torch.Tensor) -> torch.Tensor:
+        """What `forward_features` gives → (N, num_classes) logits."""
+        return self.fc(self.drop(self.pool(x).flatten(1)))
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(N, in_chans, H, W) float → (N, num_classes) logits."""
-        return self.fc(self.drop(self.pool(self.forward_features(x)).flatten(1)))
+        return self.forward_head(self.forward_features(x))
 
 
 def _small_resnet(pretrained: bool, arguments: dict[str, Any]) -> SmallResNet:

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar
 
 import torch
 
+from cveff.dynamic.exit_objective import Method, check_settings
 from cveff.dynamic.exit_points import choose, exit_points, named
-from cveff.dynamic.exits import Exits, num_prefix_tokens
+from cveff.dynamic.exits import Exits, NetworkWithExits, num_prefix_tokens
 from cveff.errors import StepError
 from cveff.model import Model, with_module
 from cveff.steps import Run
 from cveff.train import Train
 from cveff.train.loop import fit
 
-Method = Literal["joint", "distill"]
 
-
-def _default_training() -> Train:
+def default_training() -> Train:
+    """How networks with exits are trained unless told otherwise."""
     return Train(epochs=20, batch_size=64, optimizer="adamw", learning_rate=1e-3, weight_decay=0.05)
 
 
@@ -49,20 +49,13 @@ class EarlyExit:
     method: Method = "joint"
     alpha: float = 0.5
     temperature: float = 4.0
-    train: Train | None = field(default_factory=_default_training)
+    train: Train | None = field(default_factory=default_training)
 
     kind: ClassVar[str] = "early_exit"
     requires: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
-        if self.method not in get_args(Method):
-            raise StepError(
-                f"early_exit.method is {self.method!r}; give one of {', '.join(get_args(Method))}"
-            )
-        if not 0 <= self.alpha <= 1:
-            raise StepError(f"early_exit.alpha is {self.alpha!r}; give a number from 0 to 1")
-        if not 0 < self.temperature < float("inf"):
-            raise StepError(f"early_exit.temperature is {self.temperature!r}; give a positive number")
+        check_settings(self.kind, self)
         if len(set(self.exits)) != len(self.exits):
             raise StepError(f"early_exit.exits names a block twice: {', '.join(self.exits)}; name each once")
 
@@ -87,7 +80,7 @@ class EarlyExit:
         """
         self.check_run(run)
         spec, module = model.spec, model.module
-        if any(edit.kind == self.kind for edit in spec.edits):
+        if isinstance(module, NetworkWithExits):
             raise StepError(f"{spec.architecture} has early exits already; start from the model without them")
         points = (
             named(module, spec.input, self.exits) if self.exits else choose(exit_points(module, spec.input))

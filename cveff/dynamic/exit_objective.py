@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +11,34 @@ from torch.nn import functional as F
 
 from cveff.compress.distill_losses import soft_targets
 from cveff.dynamic.exits import with_exits
+from cveff.errors import StepError
 from cveff.train.objective import Objective
 
-if TYPE_CHECKING:
-    from cveff.dynamic.exits import Exits
+Method = Literal["joint", "distill"]
+
+
+class ExitSettings(Protocol):
+    """How exits are trained; see `EarlyExit`."""
+
+    @property
+    def method(self) -> str: ...
+    @property
+    def alpha(self) -> float: ...
+    @property
+    def temperature(self) -> float: ...
+
+
+def check_settings(kind: str, settings: ExitSettings) -> None:
+    """
+    Raises:
+        StepError: a setting is out of range; the message starts with its key.
+    """
+    if settings.method not in get_args(Method):
+        raise StepError(f"{kind}.method is {settings.method!r}; give one of {', '.join(get_args(Method))}")
+    if not 0 <= settings.alpha <= 1:
+        raise StepError(f"{kind}.alpha is {settings.alpha!r}; give a number from 0 to 1")
+    if not 0 < settings.temperature < float("inf"):
+        raise StepError(f"{kind}.temperature is {settings.temperature!r}; give a positive number")
 
 
 class ExitObjective:
@@ -28,7 +52,7 @@ class ExitObjective:
         settings: the edit.
     """
 
-    def __init__(self, last: Objective, settings: Exits) -> None:
+    def __init__(self, last: Objective, settings: ExitSettings) -> None:
         self._last, self._settings = last, settings
         self._smoothing = float(getattr(last, "label_smoothing", 0.0))
         self.extra = last.extra

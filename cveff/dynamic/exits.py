@@ -1,4 +1,4 @@
-"""`Exits`: heads behind blocks of a network, as an edit, and the network that has them."""
+"""`Exits`: heads behind blocks of a network, as an edit, and the network that has them; what all exits share."""
 
 from __future__ import annotations
 
@@ -48,35 +48,28 @@ class ExitHead(nn.Module):
 
 
 class NetworkWithExits(nn.Module):
-    """A network and its heads. Called, it answers as the network alone does; `answers` has every exit's logits.
+    """A network that answers more than once on its way. Called, it gives its last answer; `answers` has all.
 
     Args:
-        network: (N, C, H, W) -> (N, classes).
-        paths: of the modules of `network` whose outputs the heads read, in the order they run.
-        heads: one a path.
+        network: what was given exits.
+        names: of the early exits, in the order they answer.
     """
 
-    def __init__(self, network: nn.Module, paths: tuple[str, ...], heads: nn.ModuleList) -> None:
+    def __init__(self, network: nn.Module, names: tuple[str, ...]) -> None:
         super().__init__()
-        self.network, self.paths, self.heads = network, paths, heads
+        self.network, self.names = network, names
         self._kept: list[Tensor] | None = None
 
     def forward(self, images: Tensor) -> Tensor:
         """images: (N, C, H, W) float -> the last exit's logits (N, classes)."""
-        if self._kept is None:
-            return cast(Tensor, self.network(images))
         *early, last = self.answers(images)
-        self._kept[:] = early
+        if self._kept is not None:
+            self._kept[:] = early
         return last
 
     def answers(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Logits (N, classes) of every exit, the network's own last."""
-        with captured(self.network, self.paths) as outputs:
-            last = self.network(images)
-        return (
-            *(head(outputs[path]) for path, head in zip(self.paths, self.heads, strict=True)),
-            last,
-        )
+        """Logits (N, classes) of every exit."""
+        raise NotImplementedError
 
     @contextmanager
     def keeping(self) -> Iterator[list[Tensor]]:
@@ -87,6 +80,33 @@ class NetworkWithExits(nn.Module):
             yield kept
         finally:
             self._kept = None
+
+
+class NetworkWithHeads(NetworkWithExits):
+    """A network and heads behind its blocks; its last answer is the network's own.
+
+    Args:
+        network: (N, C, H, W) -> (N, classes).
+        paths: of the modules of `network` whose outputs the heads read, in the order they run.
+        heads: one a path.
+    """
+
+    def __init__(self, network: nn.Module, paths: tuple[str, ...], heads: nn.ModuleList) -> None:
+        super().__init__(network, paths)
+        self.heads = heads
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images: (N, C, H, W) float -> the network's logits (N, classes); heads are left out where none keeps them."""
+        return cast(Tensor, self.network(images)) if self._kept is None else super().forward(images)
+
+    def answers(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Logits (N, classes) of every exit, the network's own last."""
+        with captured(self.network, self.names) as outputs:
+            last = self.network(images)
+        return (
+            *(head(outputs[path]) for path, head in zip(self.names, self.heads, strict=True)),
+            last,
+        )
 
 
 @dataclass(frozen=True)
@@ -140,7 +160,7 @@ class Exits:
             ExitHead(cast(Pool, pool), width, self.num_classes, self.prefix)
             for pool, width in zip(self.pools, self.widths, strict=True)
         ]
-        return NetworkWithExits(module, self.paths, nn.ModuleList(heads)).train(module.training)
+        return NetworkWithHeads(module, self.paths, nn.ModuleList(heads)).train(module.training)
 
     def constrained(self, objective: Objective, module: nn.Module) -> Objective:
         """`objective` for the last exit, and the early exits' losses added."""
@@ -160,7 +180,7 @@ def with_exits(module: nn.Module, name: str) -> NetworkWithExits:
     """
     if not isinstance(module, NetworkWithExits):
         raise CheckpointError(
-            f"{name} has no early exits, or a later step replaced them; apply EarlyExit last"
+            f"{name} has no early exits, or a later step replaced them; apply EarlyExit or GlanceFocus last"
         )
     return module
 

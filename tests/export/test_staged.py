@@ -275,7 +275,7 @@ def test_what_does_not_fit_is_refused_before_any_work(
         cascade(tiny_bundle, data=digits, out=tmp_path / "no.bundle")
     with pytest.raises(CveffError, match="gate 'luck' is unknown"):
         cascade(bundle, data=digits, out=tmp_path / "no.bundle", gate="luck", threads=1)
-    with pytest.raises(StepError, match="this one has none; apply EarlyExit first"):
+    with pytest.raises(StepError, match="this one has none; apply EarlyExit or GlanceFocus first"):
         cveff.deploy(digits_model, data=digits, target=TARGET, out=tmp_path / "no.bundle", exits=Goal())
     with pytest.raises(CheckpointError, match="has no early exits"):
         export_stages(digits_model, tmp_path)

@@ -61,7 +61,7 @@ def main() -> None:
     found = results.values.setdefault("networks", {})
     data = load_data("fashion-mnist", seed=arguments.seed)
     if arguments.quick:
-        data = _first(data, 512)
+        data = first(data, 512)
         staged.STAGE_SECONDS = staged.STREAM_SECONDS = 0.5
     for name in arguments.only:
         if name not in found:
@@ -82,17 +82,10 @@ def one_network(name: str, data: Data, arguments: argparse.Namespace) -> dict[st
     """Train with exits, deploy, and read the figures off the bundle's manifest."""
     folder = arguments.models / name
     model = trained(name, data, folder, arguments)
-    target = cveff.Target(
-        name="staged",
-        description="float32 on CPU engines",
-        candidates=(("onnxruntime", "fp32"), ("openvino", "fp32")),
-        threads=arguments.threads,
-        batch_sizes=(1, 8),
-    )
     made = cveff.deploy(
         model,
         data=data,
-        target=target,
+        target=target(arguments.threads),
         out=folder / "staged.bundle",
         exits=Goal(accuracy_drop=100 if arguments.quick else MOST_POINTS),
         progress=common.Lines(name),
@@ -164,19 +157,9 @@ def trained(name: str, data: Data, folder: Path, arguments: argparse.Namespace) 
     architecture, settings, optimizer, rate = MODELS[name]
     torch.manual_seed(arguments.seed)
     model = cveff.create(architecture, labels=data.labels, input=INPUT, timm_arguments=settings)
-    train = Train(
-        epochs=arguments.epochs,
-        batch_size=128,
-        optimizer=optimizer,  # type: ignore[arg-type]
-        learning_rate=rate,
-        weight_decay=5e-4 if optimizer == "sgd" else 0.05,
-        warmup_epochs=min(1.0, arguments.epochs / 4),
-        ema=0.998 if not arguments.quick else 0.0,
-        augmentation=Augmentation(flip="random", crop_padding=4),
-    )
     made = cveff.apply(
         model,
-        EarlyExit(train=train),
+        EarlyExit(train=training(optimizer, rate, arguments)),
         data=data,
         seed=arguments.seed,
         folder=folder / "training",
@@ -187,7 +170,33 @@ def trained(name: str, data: Data, folder: Path, arguments: argparse.Namespace) 
     return made
 
 
-def _first(data: Data, count: int) -> Data:
+def training(optimizer: str, rate: float, arguments: argparse.Namespace) -> Train:
+    """How these networks are trained at 64×64."""
+    return Train(
+        epochs=arguments.epochs,
+        batch_size=128,
+        optimizer=optimizer,  # type: ignore[arg-type]
+        learning_rate=rate,
+        weight_decay=5e-4 if optimizer == "sgd" else 0.05,
+        warmup_epochs=min(1.0, arguments.epochs / 4),
+        ema=0.998 if not arguments.quick else 0.0,
+        augmentation=Augmentation(flip="random", crop_padding=4),
+    )
+
+
+def target(threads: int) -> cveff.Target:
+    """The engines that run stages."""
+    return cveff.Target(
+        name="staged",
+        description="float32 on CPU engines",
+        candidates=(("onnxruntime", "fp32"), ("openvino", "fp32")),
+        threads=threads,
+        batch_sizes=(1, 8),
+    )
+
+
+def first(data: Data, count: int) -> Data:
+    """The first images of each split."""
     splits = {
         name: split.subset(range(min(count, len(split))), name)
         for name, split in (("train", data.train), ("val", data.val), ("test", data.test))
