@@ -17,6 +17,9 @@ Pool = Literal["planes", "channels-last", "tokens", "class-token"]
 """How a block's output becomes one vector: the mean over positions of (N, C, H, W), (N, H, W, C) or (N, L, C), or the
 first token."""
 
+AFTER_EXITS = ("train", "distill", "early_exit", "glance_focus")
+"""Steps that a network with exits takes; the last two say themselves that exits are made once."""
+
 
 class ExitHead(nn.Module):
     """Pool, layer norm, linear: logits from a block's output.
@@ -139,7 +142,7 @@ class Exits:
 
     def objection(self, kind: str) -> str | None:
         """Heads read what blocks give, so that a step that changes blocks would break them."""
-        if kind in ("train", "distill", "early_exit"):
+        if kind in AFTER_EXITS:
             return None
         return f"{kind} comes after early_exit, whose heads read the blocks as they are; put early_exit behind it"
 

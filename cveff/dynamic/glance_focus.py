@@ -93,8 +93,6 @@ class GlanceFocus:
         spec = model.spec
         if isinstance(model.module, NetworkWithExits):
             raise StepError(f"{spec.architecture} has exits already; start from the model without them")
-        if spec.task != "classification":
-            raise StepError(f"{spec.architecture} is a {spec.task} model; GlanceFocus is for classification")
         edit = Views(
             size=spec.input.size,
             view=self._view(spec.input.size),

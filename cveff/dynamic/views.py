@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cveff.dynamic.exit_objective import ExitObjective
+from cveff.dynamic.exits import AFTER_EXITS
 from cveff.dynamic.focus_network import FocusNetwork
 from cveff.train.objective import Objective
 
@@ -36,6 +37,10 @@ class Views:
     alpha: float = 0.5
     temperature: float = 4.0
     kind: ClassVar[str] = "glance_focus"
+
+    def objection(self, kind: str) -> str | None:
+        """Other steps look for the network itself, as the maker of its answer."""
+        return None if kind in AFTER_EXITS else f"{kind} comes after glance_focus; put glance_focus behind it"
 
     def apply(self, module: nn.Module) -> nn.Module:
         """`module` behind its views, made for their size where it is made for one; a learned policy starts random."""

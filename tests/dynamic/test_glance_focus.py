@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 import cveff
 import cveff.runtime
+from cveff.compress import Prune
 from cveff.data import Data
 from cveff.data import load as load_data
 from cveff.dynamic import EarlyExit, GlanceFocus, Goal, ReduceTokens, Views
@@ -368,6 +369,8 @@ def test_what_cannot_look_at_views_is_refused() -> None:
     for first, second in ((exits, views), (views, exits), (views, views)):
         with pytest.raises(StepError, match="exits already"):
             cveff.apply(cveff.apply(resnet, first), second)
+    with pytest.raises(StepError, match="prune comes after glance_focus; put glance_focus behind it"):
+        cveff.apply(cveff.apply(resnet, views), Prune(ratio=0.5))
     with pytest.raises(CveffError, match="apply EarlyExit or GlanceFocus"):
         export_stages(resnet, Path("nowhere"))
 
