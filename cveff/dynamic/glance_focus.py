@@ -104,7 +104,7 @@ class GlanceFocus:
         )
         made = _made(model, edit, run.seed)
         run.progress.message(
-            f"a glance and up to {edit.crops} crops of {edit.view[0]}×{edit.view[1]}, of images of "
+            f"{edit.crops + 1} views of {edit.view[0]}×{edit.view[1]}, of images of "
             f"{edit.size[0]}×{edit.size[1]}"
         )
         return made if self.train is None else fit(made, self.train, run)
