@@ -31,6 +31,7 @@ _HOME = {
     "early_exit": "cveff.dynamic.exits:Exits",
     "sparsity": "cveff.compress.sparsity:Sparsity",
     "adapters": "cveff.train.adapters:Adapters",
+    "assembly": "cveff.train.stitching.assembly:Assembly",
     "reduce_tokens": "cveff.dynamic.token_edit:TokenReduction",
 }
 
