@@ -36,8 +36,8 @@ from cveff.train import Train
 from cveff.train.budget import parse_duration
 from cveff.train.distributed import joined
 from cveff.train.incubation import Incubate
-from cveff.train.stitching import Assemble
 from cveff.train.loop import SUMMARY
+from cveff.train.stitching import Assemble
 from cveff.train.timing import evaluation_seconds
 
 if TYPE_CHECKING:

@@ -52,6 +52,7 @@ SCRIPTS = (
     "contextual_sparsity",
     "token_reduction",
     "incubation",
+    "assemble",
     "growth",
     "distributed",
 )

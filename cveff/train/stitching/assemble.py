@@ -35,8 +35,8 @@ BATCH = 64
 class Assemble:
     """Join stages of this model and of others, trained on the same classes, and tune what they make.
 
-    Each network is cut into stages. Of all assemblies of two networks or more, that one is taken whose features are most
-    alike where the networks meet (Deep Model Reassembly: Yang et al., arXiv:2210.17409): the product over its joints of
+    Each network is cut into stages. Of all assemblies of two networks or more, that one is taken whose features are
+    most alike where the networks meet (Deep Model Reassembly: Yang et al., arXiv:2210.17409): the product over its joints of
     linear CKA (Kornblith et al., arXiv:1905.00414). Between two networks stands an adapter: a resize, a 1 × 1
     convolution and a batch norm, which start as the least-squares solution between the features that come in and those
     that the next stage knows (Stitchable Neural Networks: Pan et al., arXiv:2302.06586). First the adapters are trained
@@ -105,7 +105,8 @@ class Assemble:
     def _check_use(self, count: int) -> None:
         if len(self.use) != self.num_stages:
             raise StepError(
-                f"assemble.use names a network for {len(self.use)} stages, and there are {self.num_stages}; give one each"
+                f"assemble.use names a network for {len(self.use)} stages, and there are {self.num_stages}; give one "
+                "each"
             )
         if not set(self.use) <= set(range(count)):
             raise StepError(f"assemble.use is {list(self.use)}; networks are numbered 0 to {count - 1}")
@@ -140,8 +141,8 @@ class Assemble:
             labels = open_model(name).spec.labels
             if run.data is not None and len(labels) != run.data.num_classes:
                 raise StepError(
-                    f"assemble.models: {name} has {len(labels)} classes and the data {run.data.num_classes}; all models "
-                    "must know the data's classes"
+                    f"assemble.models: {name} has {len(labels)} classes and the data {run.data.num_classes}; all "
+                    "models must know the data's classes"
                 )
 
     def join(self, models: Sequence[Model], run: Run) -> Model:
@@ -184,7 +185,8 @@ class Assemble:
             batches = self._batches(run.data.train, first, run.seed)
             errors = fit_adapters(module, edit, order, batches, run.device)
         spec = replace(first.spec, labels=networks[0].model.spec.labels, edits=(*first.spec.edits, edit))
-        return Model(spec, module.cpu()), errors
+        # Trained networks are channels last in memory, saved ones are not, and their sums differ in the last bit.
+        return Model(spec, module.cpu().to(memory_format=torch.contiguous_format)), errors  # type: ignore[call-overload]
 
     def _report(
         self,
@@ -241,10 +243,11 @@ def _check(models: Sequence[Model]) -> None:
     if len(models) < 2:
         raise StepError("one model alone cannot be assembled; give two or more")
     first = models[0].spec
-    for model in models[1:]:
-        other = model.spec
+    for other in (model.spec for model in models):
         if other.task != "classification":
-            raise StepError(f"{other.architecture} is a {other.task} model; only classification models are assembled")
+            raise StepError(
+                f"{other.architecture} is a {other.task} model; only classification models are assembled"
+            )
         numbered = tuple(str(index) for index in range(len(first.labels)))
         # A model made without names numbers its classes: their order is all there is to go by.
         if first.labels != other.labels and not (

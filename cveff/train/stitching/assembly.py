@@ -66,8 +66,8 @@ class Assembly:
         used = {network for network, _, _ in self.sections}
         if len(self.joints) != len(self.sections) - 1 or not used <= set(range(len(self.parents) + 1)):
             raise CheckpointError(
-                f"an assembly has {len(self.sections)} sections, {len(self.joints)} joints and {len(self.parents)} other "
-                "networks, which do not fit together; the model's description is damaged"
+                f"an assembly has {len(self.sections)} sections, {len(self.joints)} joints and {len(self.parents)} "
+                "other networks, which do not fit together; the model's description is damaged"
             )
 
     def apply(self, module: nn.Module) -> nn.Module:
@@ -85,5 +85,3 @@ def section_of(network: nn.Module, start: str, end: str) -> nn.Module:
     """What a network does behind `start` ("": from the image on) up to `end` ("": to the logits)."""
     found = pieces(network, [cut for cut in (start, end) if cut])
     return found[1 if start else 0]
-
-

@@ -96,8 +96,8 @@ def choose(
     stages = len(parents[0].parameters)
     if len(parents) ** stages > MOST:
         raise StepError(
-            f"{len(parents)} models of {stages} stages make {len(parents) ** stages:,} assemblies; give fewer models or "
-            "stages"
+            f"{len(parents)} models of {stages} stages make {len(parents) ** stages:,} assemblies; give fewer models "
+            "or stages"
         )
     every = [
         assess(use, parents, similarity)
@@ -113,8 +113,8 @@ def choose(
     if not small:
         least = min(item.parameters for item in every)
         raise StepError(
-            f"assemble.max_parameters is {max_parameters:,}, and no assembly has fewer than {least:,}; give at least that, "
-            "or smaller models"
+            f"assemble.max_parameters is {max_parameters:,}, and no assembly has fewer than {least:,}; give at "
+            "least that, or smaller models"
         )
     least = min(item.macs for item in small)
     among = "" if max_parameters is None else f" of at most {max_parameters:,} parameters"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ def plan(networks: Sequence[Staged], choice: Choice) -> tuple[list[Staged], Asse
     bounds = [0, *choice.joints, len(choice.use)]
     sections: list[Section] = []
     joints: list[tuple[Layout, Layout]] = []
-    for first, last in zip(bounds, bounds[1:], strict=False):
+    for first, last in pairwise(bounds):
         parent = networks[choice.use[first]].parent
         start = parent.cuts[first - 1] if first else ""
         end = parent.cuts[last - 1] if last < len(choice.use) else ""
@@ -40,7 +41,11 @@ def plan(networks: Sequence[Staged], choice: Choice) -> tuple[list[Staged], Asse
 
 @torch.no_grad()
 def fit_adapters(
-    module: Assembled, edit: Assembly, networks: Sequence[Staged], batches: Sequence[np.ndarray], device: torch.device
+    module: Assembled,
+    edit: Assembly,
+    networks: Sequence[Staged],
+    batches: Sequence[np.ndarray],
+    device: torch.device,
 ) -> list[float]:
     """Fit adapter after adapter, each to what really comes in through those before it.
 

@@ -72,7 +72,9 @@ def as_map(feature: Tensor, layout: Layout, with_prefix: bool = False) -> Tensor
     return feature[:, layout.prefix :].transpose(1, 2).unflatten(2, layout.grid)
 
 
-def from_map(features: Tensor, layout: Layout, prefix: Tensor | None = None, with_prefix: bool = False) -> Tensor:
+def from_map(
+    features: Tensor, layout: Layout, prefix: Tensor | None = None, with_prefix: bool = False
+) -> Tensor:
     """The inverse of `as_map`.
 
     Args:

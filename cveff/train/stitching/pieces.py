@@ -26,8 +26,8 @@ class _Blocks(fx.Tracer):
 
 
 def cut_points(module: nn.Module) -> tuple[str, ...]:
-    """Paths of the modules behind which a network can be cut, in the order they run: all that is computed later sees the
-    image through their output alone.
+    """Paths of the modules behind which a network can be cut, in the order they run: all that is computed later sees
+    the image through their output alone.
 
     Raises:
         StepError: the network cannot be traced, or takes or gives more than one tensor.
@@ -97,7 +97,9 @@ def _graph(module: nn.Module) -> fx.Graph:
 def _result(graph: fx.Graph, module: nn.Module) -> fx.Node:
     result = next(node for node in graph.nodes if node.op == "output").args[0]
     if not isinstance(result, fx.Node):
-        raise StepError(f"{type(module).__name__} does not return one tensor, so it cannot be cut into stages")
+        raise StepError(
+            f"{type(module).__name__} does not return one tensor, so it cannot be cut into stages"
+        )
     return result
 
 

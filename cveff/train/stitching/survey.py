@@ -1,10 +1,10 @@
-"""What is known of trained networks before they are joined: where they can be cut, what stages cost, how alike they are."""
+"""What is known of networks before they are joined: where they can be cut, what stages cost, how alike they are."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import numpy as np
 import torch
@@ -50,8 +50,8 @@ def staged(model: Model, count: int, cuts: Sequence[str] = ()) -> Staged:
     """A network as `count` stages, between which all that is computed later sees the image through one tensor.
 
     Args:
-        cuts: paths of the modules that the stages but the last end with; by default they end where 1 / count, 2 / count,
-            … of the multiply-accumulate operations are done, as nearly as can be.
+        cuts: paths of the modules that the stages but the last end with; by default at even shares of
+            the multiply-accumulate operations, as nearly as can be.
 
     Raises:
         StepError: the network cannot be traced or is computed otherwise than traced, has fewer stages, or none that end
@@ -61,7 +61,9 @@ def staged(model: Model, count: int, cuts: Sequence[str] = ()) -> Staged:
     points = cut_points(module)
     for cut in cuts:
         if cut not in points:
-            raise StepError(f"assemble.cuts: {name} has no stage that ends at {cut!r}; it can end at {_list(points)}")
+            raise StepError(
+                f"assemble.cuts: {name} has no stage that ends at {cut!r}; it can end at {_list(points)}"
+            )
     layouts, macs = _run(model, points)
     usable = [index for index, layout in enumerate(layouts) if layout is not None]
     for cut in cuts:
@@ -78,7 +80,7 @@ def staged(model: Model, count: int, cuts: Sequence[str] = ()) -> Staged:
         cuts=ends,
         layouts=tuple(layout for index in chosen if (layout := layouts[index]) is not None),
         parameters=tuple(sum(item.numel() for item in stage.parameters()) for stage in stages),
-        macs=tuple(sum(macs[first:last]) for first, last in zip(bounds, bounds[1:], strict=False)),
+        macs=tuple(sum(macs[first:last]) for first, last in pairwise(bounds)),
     )
     return Staged(model, stages, parent)
 
@@ -140,7 +142,7 @@ def _run(model: Model, points: Sequence[str]) -> tuple[list[Layout | None], list
                 x = piece(x)
             macs.append(counter.get_total_flops() // 2 // len(images))
             layouts.append(layout_of(x, module, spec.size))
-        if not torch.equal(x, module(images)):
+        if not torch.allclose(x, module(images), rtol=0, atol=0, equal_nan=True):
             raise StepError(
                 f"{model.spec.architecture} computes something else in pieces than whole, so it cannot be cut into "
                 "stages; take another network"
@@ -154,7 +156,9 @@ def _evenly(name: str, count: int, usable: Sequence[int], done: Sequence[int]) -
     last = {done[index]: index for index in usable if 0 < done[index] < total}
     points = list(last.items())
     if len(points) < count - 1:
-        raise StepError(f"{name} has {len(points) + 1} stages that can be joined, not {count}; lower assemble.stages")
+        raise StepError(
+            f"{name} has {len(points) + 1} stages that can be joined, not {count}; lower assemble.stages"
+        )
     chosen: list[int] = []
     first = 0
     for stage in range(1, count):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 
@@ -17,7 +18,7 @@ from cveff.compress.blocks import macs
 from cveff.compress.trace import trace
 from cveff.data import Data
 from cveff.errors import CheckpointError, CveffError, RecipeError, StepError
-from cveff.measure import predict, torch_predictor
+from cveff.measure import torch_predictor
 from cveff.model import Model
 from cveff.pipeline import evaluate
 from cveff.recipe import parse_recipe
@@ -32,7 +33,9 @@ Get = Callable[[str], Model]
 
 
 def step(*models: str, **settings: Any) -> Assemble:
-    return Assemble(**{"models": models or ("other",), "stages": 3, "adapters": NONE, "tune": NONE, **settings})
+    return Assemble(
+        **{"models": models or ("other",), "stages": 3, "adapters": NONE, "tune": NONE, **settings}
+    )
 
 
 def logits(model: Model, count: int = 32) -> torch.Tensor:
@@ -88,7 +91,9 @@ def test_a_network_assembled_from_its_own_stages_answers_as_it_does(
 
 def test_least_squares_beats_random_adapters_before_any_training(trained: Get, digits: Data) -> None:
     accuracy = {
-        start: evaluate(assembled([trained("small"), trained("resnet")], digits, use=(0, 0, 1), start=start), digits)
+        start: evaluate(
+            assembled([trained("small"), trained("resnet")], digits, use=(0, 0, 1), start=start), digits
+        )
         for start in ("least-squares", "random")
     }
     assert accuracy["least-squares"] > accuracy["random"] + 0.2
@@ -121,31 +126,41 @@ def test_adapters_are_trained_alone_then_all(trained: Get, digits: Data, tmp_pat
     for name, value in given.module.state_dict().items():
         if name.startswith("sections."):
             assert torch.equal(alone[name], value), name  # batch norms' statistics too
-    assert not torch.equal(alone["adapters.0.conv.weight"], given.module.state_dict()["adapters.0.conv.weight"])
-    tuned = step(use=(0, 1, 1), tune=replace(SHORT, epochs=3)).join([trained("small"), trained("resnet")], run)
+    assert not torch.equal(
+        alone["adapters.0.conv.weight"], given.module.state_dict()["adapters.0.conv.weight"]
+    )
+    tuned = step(use=(0, 1, 1), tune=replace(SHORT, epochs=3)).join(
+        [trained("small"), trained("resnet")], run
+    )
     assert all(item.requires_grad for item in tuned.module.parameters())
     assert evaluate(tuned, digits) > evaluate(given, digits)
     moved = [
-        name for name, value in tuned.module.state_dict().items() if not torch.equal(value, given.module.state_dict()[name])
+        name
+        for name, value in tuned.module.state_dict().items()
+        if not torch.equal(value, given.module.state_dict()[name])
     ]
     assert any(name.startswith("sections.0.") for name in moved)
 
 
-def test_an_assembled_model_is_exported_and_deployed(trained: Get, digits: Data, tmp_path: Path) -> None:
-    for names in (("resnet", "small"), ("small", "vit")):
-        model = assembled([trained(name) for name in names], digits, use=(0, 0, 1))
-        path = cveff.export(model, tmp_path / f"{names[0]}.onnx")
-        import onnxruntime
-
-        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-        batch, _ = next(iter(digits.val.evaluation_batches(model.spec.input, 20)))
+def test_the_exported_file_agrees(trained: Get, digits: Data, tmp_path: Path) -> None:
+    model = assembled([trained("vit"), trained("small")], digits, use=(0, 0, 1))
+    path = cveff.export(model, tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    for count in (1, 5):  # the batch stays free
+        batch, _ = next(iter(digits.val.evaluation_batches(model.spec.input, count)))
         made = session.run(None, {session.get_inputs()[0].name: batch})[0]
-        # Sums in another order, the adapter's batch norm folded into its convolution.
+        # Sums in another order, and the adapter's batch norm folded into its convolution.
         np.testing.assert_allclose(made, torch_predictor(model)(batch), rtol=1e-3, atol=1e-3)
+
+
+def test_an_assembled_model_is_deployed(trained: Get, digits: Data, tmp_path: Path) -> None:
+    model = assembled([trained("small"), trained("vit")], digits, use=(0, 1, 1))
     target = cveff.Target(name="test", description="", candidates=(("onnxruntime", "fp32"),), threads=1)
-    deployed = cveff.deploy(model, data=digits, target=target, out=tmp_path / "my.bundle")
+    few = replace(digits, val=digits.val.subset(np.arange(40)), test=None)
+    deployed = cveff.deploy(model, data=few, target=target, out=tmp_path / "my.bundle")
+    batch, _ = next(iter(few.val.evaluation_batches(model.spec.input, 40)))
     with cveff.runtime.open(deployed.path) as engine:
-        assert engine(batch).argmax(1).tolist() == predict(torch_predictor(model), [(batch, None)])[0].argmax(1).tolist()
+        np.testing.assert_allclose(engine.logits(batch), torch_predictor(model)(batch), rtol=1e-3, atol=1e-3)
 
 
 def test_a_recipe_assembles_and_a_stopped_run_goes_on(trained: Get, digits: Data, tmp_path: Path) -> None:
@@ -153,7 +168,9 @@ def test_a_recipe_assembles_and_a_stopped_run_goes_on(trained: Get, digits: Data
     values = {
         "data": {"source": "digits"},
         "model": {"checkpoint": str(tmp_path / "small")},
-        "steps": [{"kind": "assemble", "models": [str(tmp_path / "resnet")], "stages": 3, "max_parameters": 40_000}],
+        "steps": [
+            {"kind": "assemble", "models": [str(tmp_path / "resnet")], "stages": 3, "max_parameters": 40_000}
+        ],
     }
     recipe = parse_recipe(values)
     assert recipe.steps[0] == Assemble(models=(str(tmp_path / "resnet"),), stages=3, max_parameters=40_000)
@@ -162,7 +179,9 @@ def test_a_recipe_assembles_and_a_stopped_run_goes_on(trained: Get, digits: Data
         parse_recipe({**values, "steps": [{"kind": "assemble"}]})
     method = step(str(tmp_path / "resnet"), adapters=SHORT, tune=SHORT)
     whole = cveff.apply(trained("small"), method, data=digits, device="cpu", folder=tmp_path / "run")
-    again = cveff.apply(trained("small"), method, data=digits, device="cpu", folder=tmp_path / "run", resume=True)
+    again = cveff.apply(
+        trained("small"), method, data=digits, device="cpu", folder=tmp_path / "run", resume=True
+    )
     assert torch.equal(logits(whole), logits(again))
     with pytest.raises(CheckpointError, match="learning_rate"):
         other = replace(method, tune=replace(SHORT, learning_rate=0.5))
@@ -183,13 +202,18 @@ def test_class_tokens_start_as_the_mean_of_those_the_network_knows(trained: Get,
     prefix = module.adapters[0].prefix
     assert prefix is not None and prefix.shape == (1, 24)
     # Two of a kind hand the tokens on through the linear layer instead.
-    assert assembled([trained("vit"), trained("vit")], digits, use=(0, 1, 1)).module.adapters[0].prefix is None
+    assert (
+        assembled([trained("vit"), trained("vit")], digits, use=(0, 1, 1)).module.adapters[0].prefix is None
+    )
 
 
 def test_models_that_do_not_fit_together(trained: Get, fresh: Callable[..., Model], digits: Data) -> None:
+    named = tuple(f"digit {label}" for label in digits.labels)
+
     def refused(other: Model, message: str) -> None:
+        first = trained("small")
         with pytest.raises(StepError, match=message):
-            assembled([trained("small"), other], digits)
+            assembled([Model(replace(first.spec, labels=named), first.module), other], digits)
 
     model = fresh("small")
     refused(Model(replace(model.spec, labels=(*"abcdefghij",)), model.module), "trained on other classes")
@@ -201,7 +225,7 @@ def test_models_that_do_not_fit_together(trained: Get, fresh: Callable[..., Mode
     refused(Model(replace(model.spec, task="segmentation"), model.module), "only classification models")
     with torch.no_grad():
         model.module.stem.conv.weight.fill_(float("nan"))
-    refused(model, "computes something else|NaN or infinity")
+    refused(model, "NaN or infinity")
     with pytest.raises(StepError, match="one model alone"):
         step().join([trained("small")], Run(data=digits))
 

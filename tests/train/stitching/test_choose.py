@@ -48,7 +48,9 @@ def test_a_limit_that_nothing_meets_says_the_least() -> None:
     with pytest.raises(StepError, match=rf"no assembly has fewer than {least_macs:,}"):
         choose(PARENTS, ALIKE, max_macs=least_macs - 1)
     small = min(item.macs for item in every if item.parameters <= least)
-    with pytest.raises(StepError, match=rf"no assembly of at most {least} parameters has fewer than {small:,}"):
+    with pytest.raises(
+        StepError, match=rf"no assembly of at most {least} parameters has fewer than {small:,}"
+    ):
         choose(PARENTS, ALIKE, max_parameters=least, max_macs=small - 1)
 
 

@@ -46,7 +46,7 @@ def test_least_squares_of_channels_that_repeat_or_are_dead() -> None:
     """Solutions are many, and their answers are one: that of lstsq."""
     a, b = maps(40, 6, 4)
     a = torch.cat([a, a[:, :2] * 2, torch.zeros_like(a[:, :1]), torch.full_like(a[:, :1], 3.0)], 1)
-    weight, error = of(a, b).least_squares()
+    weight, _ = of(a, b).least_squares()
     x, y = rows(a), rows(b)
     x, y = x - x.mean(0), y - y.mean(0)
     expected = x @ torch.linalg.lstsq(x, y, driver="gelsd").solution

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import timm
 import torch
 from torch import nn
 
-import cveff
 from cveff.compress.blocks import macs
 from cveff.compress.trace import trace
 from cveff.errors import StepError
+from cveff.model import Model, ModelSpec
 from cveff.runtime.input_spec import InputSpec
 from cveff.train.stitching.layout import Layout, as_map, from_map, layout_of, resized
 from cveff.train.stitching.pieces import cut_points, pieces
 from cveff.train.stitching.survey import staged
 
-FAMILIES = {
+FAMILIES: dict[str, dict[str, Any]] = {
     "small_resnet_s": {},
     "resnet18": {"channels": [8, 8, 8, 16], "drop_rate": 0.3},
     "vit_tiny_patch16_224": {"embed_dim": 24, "num_heads": 2, "depth": 4, "drop_rate": 0.2, "img_size": 32},
@@ -37,8 +38,7 @@ FAMILIES = {
 def build(name: str) -> tuple[nn.Module, InputSpec]:
     torch.manual_seed(0)
     side = {"swin_tiny_patch4_window7_224": 64}.get(name, 32)
-    arguments = {key: value for key, value in FAMILIES[name].items()}
-    module = timm.create_model(name, num_classes=5, **arguments)
+    module = timm.create_model(name, num_classes=5, **FAMILIES[name])
     return module, InputSpec(size=(side, side), channels=3, mean=(0.5,) * 3, std=(0.5,) * 3)
 
 
@@ -63,9 +63,7 @@ def test_pieces_are_the_network_in_both_modes(name: str) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_stages_cost_what_the_trace_says(name: str) -> None:
     module, spec = build(name)
-    model = cveff.model.Model(cveff.create("small_resnet_s", 5, image_size=32).spec, module)
-    model.spec = cveff.model.ModelSpec(name, {}, spec)
-    parent = staged(model, 3).parent
+    parent = staged(Model(ModelSpec(name, {}, spec), module), 3).parent
     assert len(parent.cuts) == len(parent.layouts) == 2 and len(parent.macs) == 3
     assert sum(parent.macs) == macs(trace(module, spec))
     assert sum(parent.parameters) == sum(item.numel() for item in module.parameters())
@@ -124,7 +122,9 @@ def test_layouts_are_recognised_and_come_back(shape: tuple[int, ...], layout: La
     assert layout_of(x, network, (32, 48)) == layout
     features = as_map(x, layout)
     assert features.shape == (2, 5, 4, 6)
-    assert torch.equal(from_map(features, layout, x[0, : layout.prefix] if layout.prefix else None)[:, 1:], x[:, 1:])
+    assert torch.equal(
+        from_map(features, layout, x[0, : layout.prefix] if layout.prefix else None)[:, 1:], x[:, 1:]
+    )
     if layout.form == "tokens":
         whole = as_map(x, layout, with_prefix=True)
         assert torch.equal(from_map(whole, layout, with_prefix=True), x)
