@@ -13,7 +13,7 @@ from typing import cast
 import torch
 
 from cveff.data.dataset import Data
-from cveff.edits import Edit
+from cveff.edits import Edit, objection
 from cveff.errors import StepError
 from cveff.log import Log, NoLog
 from cveff.model import Model, with_module
@@ -62,6 +62,7 @@ def apply(
             raise StepError(
                 f"{step!r} is neither a step nor an edit; give an instance such as Prune(ratio=0.5)"
             )
+        _check_order(model, step)
     if model.spec.task != "classification":
         raise StepError(
             f"{model.spec.architecture} is a {model.spec.task} model; steps are for classification models"
@@ -91,12 +92,18 @@ def apply(
         check_steps(sequence, run)
         model = Model(model.spec, copy.deepcopy(model.module))
         for step in sequence:
+            _check_order(model, step)
             model = (
                 step(model, run)
                 if isinstance(step, Step)
                 else with_module(model, step.apply(model.module), step)
             )
     return model
+
+
+def _check_order(model: Model, step: Step | Edit) -> None:
+    if (reason := objection(model.spec.edits, step.kind)) is not None:
+        raise StepError(reason)
 
 
 def device_of(device: torch.device | str | None) -> torch.device:

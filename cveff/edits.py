@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Protocol, cast, runtime_checkable
 
 from torch import nn
@@ -41,6 +41,7 @@ class Edit(Protocol):
     """A frozen dataclass whose fields are JSON values and which can repeat its change on a fresh network.
 
     One whose networks only mean something in float32 says `needs_float32 = True`: training's "auto" precision heeds it.
+    One whose networks some steps would break has `objection(kind)`: why that kind of step is refused, or None.
     """
 
     kind: ClassVar[str]
@@ -48,6 +49,12 @@ class Edit(Protocol):
     def apply(self, module: nn.Module) -> nn.Module:
         """Change `module` (it may be modified in place) and return the result."""
         ...
+
+
+def objection(edits: Sequence[Edit], kind: str) -> str | None:
+    """Why a network with these edits cannot be given a step of that kind; None where it can."""
+    reasons = (edit.objection(kind) for edit in edits if hasattr(edit, "objection"))
+    return next((reason for reason in reasons if reason is not None), None)
 
 
 def edit_to_json(edit: Edit) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from typing import Any
 
 import choices_tables
 import compression_tables
+import decoder_tables
 from choices_tables import markdown
 
 from cveff.files import atomic_path, write_text
@@ -175,6 +176,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "export_table": ("export_table", choices_tables.export_table),
     **{name: ("choices", make) for name, make in choices_tables.TABLES.items()},
     **{name: (name, make) for name, make in compression_tables.TABLES.items()},
+    **decoder_tables.TABLES,
 }
 
 

@@ -99,6 +99,12 @@ class ElasticSpace:
     transform: bool = False
     kind: ClassVar[str] = "elastic"
 
+    def objection(self, kind: str) -> str | None:
+        """The sub-nets share the weights, and only `Elastic` trains all of them."""
+        if kind not in ("train", "distill", "tune"):
+            return None
+        return f"{kind} comes after elastic, whose smaller sub-nets it would spoil; extract one first (ExtractSubNet)"
+
     def __post_init__(self) -> None:
         try:
             for name in ("shares", "sides"):

@@ -117,6 +117,12 @@ class Exits:
     temperature: float = 4.0
     kind: ClassVar[str] = "early_exit"
 
+    def objection(self, kind: str) -> str | None:
+        """Heads read what blocks give, so that a step that changes blocks would break them."""
+        if kind in ("train", "distill", "early_exit"):
+            return None
+        return f"{kind} comes after early_exit, whose heads read the blocks as they are; put early_exit behind it"
+
     def __post_init__(self) -> None:
         if not len(self.paths) == len(self.pools) == len(self.widths) >= 1:
             raise CheckpointError(

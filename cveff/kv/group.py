@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cveff.kernels.decode_attention import choice, decode_attention
+from cveff.kernels.evict_tokens import can_run, evict_tokens
 from cveff.kv.kivi import KIVI
 from cveff.kv.prompt import CHUNK
 from cveff.kv.rotation import Rotation
@@ -235,6 +236,17 @@ class Group:
         if not self.evicts:
             return
         mine = [seen[row] for row in self.rows]
+        if self._packed is None and can_run(self._keys, self._values, self._codes, self._scores):
+            lengths = torch.tensor(self.lengths)
+            rules = torch.tensor([rule.numbers(s) for rule, s in zip(self.rules, mine, strict=True)])
+            evict_tokens(rules, self._keys, self._values, self._codes, self._scores, lengths)
+            self.lengths = lengths.tolist()
+        else:
+            self._evict(mine)
+        self.rotate(seen, rotation)
+
+    def _evict(self, mine: Sequence[int]) -> None:
+        """The same in PyTorch, packed tokens included; `mine`: tokens seen by each segment."""
         end = max(self.lengths)
         codes, scores = self._codes[:, :end], None if self._scores is None else self._scores[:, :end]
         lengths = torch.tensor(self.lengths, device=codes.device)[:, None]
@@ -262,7 +274,6 @@ class Group:
         if self._scores is not None:
             # A slot that is written to next begins without attention received.
             self._scores[:, :end].masked_fill_(slots >= left[:, None], 0)
-        self.rotate(seen, rotation)
 
     def rotate(self, seen: Sequence[int], rotation: Rotation | None) -> None:
         """Move anchors on by the number of tokens evicted so far."""

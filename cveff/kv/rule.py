@@ -64,6 +64,11 @@ class Rule:
         """Number of frequent tokens kept when `seen` tokens were seen."""
         return 0 if self.frequent is None else amount(self.frequent, self.length or seen)
 
+    def numbers(self, seen: int) -> tuple[int, int, int, int, int, int]:
+        """The rule as `cveff.kernels.evict_tokens` takes it when `seen` tokens were seen."""
+        window, heavy = self.window(seen), self.heavy(seen)
+        return int(self.evicts), seen, window, heavy, int(self.apart), int(self.normalize)
+
 
 def positions(codes: Tensor) -> Tensor:
     """Positions that `codes` hold; meaningless for dead slots."""

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import cveff
+from cveff.compress import Prune
 from cveff.data import load
 from cveff.dynamic import EarlyExit, Exits
 from cveff.dynamic.exit_points import choose, exit_points
@@ -137,6 +138,11 @@ def test_bad_input_is_named() -> None:
     made = cveff.apply(model, EarlyExit(train=None))
     with pytest.raises(StepError, match="has early exits already"):
         cveff.apply(made, EarlyExit(train=None))
+    with pytest.raises(StepError, match="prune comes after early_exit, whose heads read the blocks"):
+        cveff.apply(made, Prune(ratio=0.5))
+    with pytest.raises(StepError, match="prune comes after early_exit"):
+        prune = Prune(ratio=0.5, importance="magnitude", sensitivity=False, compensate=False)
+        cveff.apply(model, [EarlyExit(train=None), prune])
     for wrong, message in (
         ({"method": "luck"}, "joint, distill"),
         ({"alpha": 2}, "0 to 1"),

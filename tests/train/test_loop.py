@@ -113,7 +113,7 @@ import test_loop as t
 import cveff
 data = t.load_data("digits", seed=0)
 folder = Path(sys.argv[1])
-settings = replace(t.SETTINGS, epochs=40, checkpoint_minutes=1e-9)
+settings = replace(t.SETTINGS, epochs=12, checkpoint_minutes=1e-9)
 model = cveff.apply(t.tiny(data), settings, data=data, folder=folder, resume=True)
 cveff.save(model, folder / "final")
 """

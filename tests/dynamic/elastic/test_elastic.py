@@ -273,6 +273,11 @@ def test_an_elastic_network_is_not_made_elastic_again_nor_changed(trained: Model
         Supernet.of(changed)
 
 
+def test_training_that_would_spoil_sub_nets_is_refused(trained: Model, digits: Any) -> None:
+    with pytest.raises(StepError, match=r"train comes after elastic, .* extract one first"):
+        cveff.apply(trained, Train(epochs=1), data=digits)
+
+
 def test_a_recipe_may_begin_with_it() -> None:
     steps = [{"kind": "elastic", "widths": [0.5]}, {"kind": "extract_subnet", "width": 0.5}]
     recipe = parse_recipe({"data": {"source": "digits"}, "steps": steps})
