@@ -19,7 +19,7 @@ from cveff.model import Model, ModelSpec
 from cveff.steps import Run
 from cveff.subject import open_model
 from cveff.train.loop import fit
-from cveff.train.objective import CrossEntropy
+from cveff.train.objective import Constraint, CrossEntropy
 from cveff.train.stitching.assembly import Assembled
 from cveff.train.stitching.choose import Choice, assess, choose
 from cveff.train.stitching.join import fit_adapters, plan
@@ -36,11 +36,11 @@ class Assemble:
     """Join stages of this model and of others, trained on the same classes, and tune what they make.
 
     Each network is cut into stages. Of all assemblies of two networks or more, that one is taken whose features are
-    most alike where the networks meet (Deep Model Reassembly: Yang et al., arXiv:2210.17409): the product over its joints of
-    linear CKA (Kornblith et al., arXiv:1905.00414). Between two networks stands an adapter: a resize, a 1 × 1
-    convolution and a batch norm, which start as the least-squares solution between the features that come in and those
-    that the next stage knows (Stitchable Neural Networks: Pan et al., arXiv:2302.06586). First the adapters are trained
-    alone, then all.
+    most alike where the networks meet (the idea of Deep Model Reassembly: Yang et al., arXiv:2210.17409): the product
+    over its joints of linear CKA (Kornblith et al., arXiv:1905.00414). Between two networks stands an adapter: a resize,
+    a 1 × 1 convolution and a batch norm, which start as the least-squares solution between the features that come in
+    and those that the next stage knows (Stitchable Neural Networks: Pan et al., arXiv:2302.06586). First the adapters
+    are trained alone, then all.
 
     Attributes:
         models: the other networks, each a saved model's or a run's folder, or a zoo card's name.
@@ -247,6 +247,11 @@ def _check(models: Sequence[Model]) -> None:
         if other.task != "classification":
             raise StepError(
                 f"{other.architecture} is a {other.task} model; only classification models are assembled"
+            )
+        kept = [edit.kind for edit in other.edits if isinstance(edit, Constraint)]
+        if kept:
+            raise StepError(
+                f"{other.architecture} was changed by {kept[0]}, which its stages would not keep; assemble first"
             )
         numbered = tuple(str(index) for index in range(len(first.labels)))
         # A model made without names numbers its classes: their order is all there is to go by.

@@ -46,7 +46,7 @@ class Moments:
 
     def cka(self) -> float:
         """Linear centred kernel alignment, 0 to 1: ‖XᵀY‖² / (‖XᵀX‖ ‖YᵀY‖), Frobenius norms of centred features, each
-        position an example (Kornblith et al., arXiv:1905.00414, equation 4).
+        position an example (Kornblith et al., arXiv:1905.00414, section 3).
 
         It is 1 for features that differ by a rotation, a scale and a shift; 0 where either is constant.
         """

@@ -15,6 +15,7 @@ import torch
 
 import cveff
 from cveff.compress.blocks import macs
+from cveff.compress.sparsity import Sparsity
 from cveff.compress.trace import trace
 from cveff.data import Data
 from cveff.errors import CheckpointError, CveffError, RecipeError, StepError
@@ -222,6 +223,8 @@ def test_models_that_do_not_fit_together(trained: Get, fresh: Callable[..., Mode
     refused(Model(replace(model.spec, input=wide), model.module), "16×16×1 and small_resnet_s of 16×24×1")
     colour = replace(model.spec.input, channels=3, mean=(0.5,) * 3, std=(0.5,) * 3)
     refused(Model(replace(model.spec, input=colour), model.module), "of 16×16×3")
+    sparse = Sparsity("2:4", 0.5, ("stem.conv.weight",))
+    refused(Model(replace(model.spec, edits=(sparse,)), model.module), "changed by sparsity")
     refused(Model(replace(model.spec, task="segmentation"), model.module), "only classification models")
     with torch.no_grad():
         model.module.stem.conv.weight.fill_(float("nan"))
