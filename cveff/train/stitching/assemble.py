@@ -37,10 +37,10 @@ class Assemble:
 
     Each network is cut into stages. Of all assemblies of two networks or more, that one is taken whose features are
     most alike where the networks meet (the idea of Deep Model Reassembly: Yang et al., arXiv:2210.17409): the product
-    over its joints of linear CKA (Kornblith et al., arXiv:1905.00414). Between two networks stands an adapter: a resize,
-    a 1 × 1 convolution and a batch norm, which start as the least-squares solution between the features that come in
-    and those that the next stage knows (Stitchable Neural Networks: Pan et al., arXiv:2302.06586). First the adapters
-    are trained alone, then all.
+    over its joints of linear CKA (Kornblith et al., arXiv:1905.00414). Between two networks stands an adapter: a
+    resize, a 1 × 1 convolution and a batch norm, which start as the least-squares solution between the features that
+    come in and those that the next stage knows (Stitchable Neural Networks: Pan et al., arXiv:2302.06586). First the
+    adapters are trained alone, then all.
 
     Attributes:
         models: the other networks, each a saved model's or a run's folder, or a zoo card's name.
@@ -146,7 +146,7 @@ class Assemble:
                 )
 
     def join(self, models: Sequence[Model], run: Run) -> Model:
-        """As a call, for models in memory, which are used up; `self.models` is not read.
+        """As a call, for models in memory, which are used up; of `self.models` only the number matters.
 
         Raises:
             StepError, TrainingError: as a call.
@@ -154,6 +154,10 @@ class Assemble:
         if run.data is None or run.data.train is None:
             raise StepError("Assemble needs images with labels; pass data=… with a training split")
         _check(models)
+        if len(models) != len(self.models) + 1:
+            raise StepError(
+                f"{len(models)} models were given, and assemble.models names {len(self.models)} besides one"
+            )
         networks = []
         for index, model in enumerate(models):
             forget(model.module.to(run.device))

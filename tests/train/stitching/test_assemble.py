@@ -229,6 +229,8 @@ def test_models_that_do_not_fit_together(trained: Get, fresh: Callable[..., Mode
     with torch.no_grad():
         model.module.stem.conv.weight.fill_(float("nan"))
     refused(model, "NaN or infinity")
+    with pytest.raises(StepError, match="3 models were given"):
+        step("b").join([trained("small")] * 3, Run(data=digits))
     with pytest.raises(StepError, match="one model alone"):
         step().join([trained("small")], Run(data=digits))
 
