@@ -28,8 +28,8 @@ from cveff.train.ema import MovingAverage
 from cveff.train.evaluate import evaluate
 from cveff.train.feed import Feed
 from cveff.train.finite import require_finite
-from cveff.train.growth.carry import carry_optimizer
 from cveff.train.growth.growing import Growing
+from cveff.train.growth.takeover import grow
 from cveff.train.importance import weighted
 from cveff.train.mup import initialize, parametrization, with_rates
 from cveff.train.objective import Constraint, CrossEntropy, Objective
@@ -158,23 +158,6 @@ class Trainer:
             self.optimizer = with_rates(self.optimizer, self.module, rule)
         self.loss = self.spread.loss(self.objective, self.module, self.extra)
 
-    def _grow(self) -> None:
-        """Put the next, larger network in this one's place."""
-        model, optimizer, average = self.model, self.optimizer, self.average
-        grown = self.growth.grow(model, self.step)
-        self.take(grown.model)
-        assert isinstance(optimizer, ScheduledOptimizers) and isinstance(self.optimizer, ScheduledOptimizers)
-        carry_optimizer(optimizer, self.optimizer, (model.module, self.module), grown.placement)
-        if average and self.average:
-            grown.carry(Model(model.spec, average.module), self.average.module)
-        self.mask()
-        self.module.train()
-        self.run.log.write(self.step, {"growth/difference": grown.difference})
-        self.run.progress.message(
-            f"grown before step {self.step} to {self.model.num_parameters:,} parameters; outputs differ by "
-            f"{grown.difference:.1g}"
-        )
-
     def mask(self) -> None:
         """Give the weights that growth brought their present share."""
         self.growth.mask(self.module)
@@ -229,7 +212,7 @@ class Trainer:
         settings = self.settings
         while (first := self.step - epoch * self.batches_per_epoch) < self.batches_per_epoch:
             if self.growth.is_due(self.step):
-                self._grow()
+                grow(self)
             for batch in self.train_split.training_batches(
                 self.model.spec.input,
                 settings.batch_size,
