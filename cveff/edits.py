@@ -32,6 +32,7 @@ _HOME = {
     "glance_focus": "cveff.dynamic.views:Views",
     "sparsity": "cveff.compress.sparsity:Sparsity",
     "adapters": "cveff.train.adapters:Adapters",
+    "assembly": "cveff.train.stitching.assembly:Assembly",
     "reduce_tokens": "cveff.dynamic.token_edit:TokenReduction",
 }
 

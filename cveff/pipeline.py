@@ -37,6 +37,7 @@ from cveff.train.budget import parse_duration
 from cveff.train.distributed import joined
 from cveff.train.incubation import Incubate
 from cveff.train.loop import SUMMARY
+from cveff.train.stitching import Assemble
 from cveff.train.timing import evaluation_seconds
 
 if TYPE_CHECKING:
@@ -179,7 +180,7 @@ def run(
             save(model, folder)
             if recipe.steps:
                 effects.note(folder.name, step.kind, model)
-            teacher = model if isinstance(step, (Train, Incubate)) else teacher
+            teacher = model if isinstance(step, (Train, Incubate, Assemble)) else teacher
         save(model, out / "model")
         result = PipelineResult(
             out=out,
@@ -269,7 +270,7 @@ def _teacher(finished: Sequence[tuple[Step, Path]], model: Model, recipe: Recipe
     """What steps may imitate: the model that the last finished training left, before any the one the recipe names."""
     if not finished:
         return model
-    trained = [folder for step, folder in finished if isinstance(step, (Train, Incubate))]
+    trained = [folder for step, folder in finished if isinstance(step, (Train, Incubate, Assemble))]
     if not trained:
         return create_for(recipe.model, data, seed=recipe.seed)
     return model if trained[-1] == finished[-1][1] else load(trained[-1])

@@ -27,6 +27,7 @@ from cveff.schema import parse
 from cveff.steps import Step
 from cveff.train import MergeAdapters, Train, Tune
 from cveff.train.incubation import Incubate
+from cveff.train.stitching import Assemble
 
 __all__ = [
     "RECIPES",
@@ -69,6 +70,7 @@ def _step_kinds() -> dict[str, type]:
         EarlyExit,
         GlanceFocus,
         Incubate,
+        Assemble,
         Elastic,
         ExtractSubNet,
     )
@@ -348,7 +350,7 @@ def _trains(step: Step) -> bool:
     if isinstance(step, (EarlyExit, GlanceFocus)):
         return step.train is not None
     return (
-        isinstance(step, (Train, Distill, Tune, Incubate, Elastic))
+        isinstance(step, (Train, Distill, Tune, Incubate, Assemble, Elastic))
         or getattr(step, "recover", None) is not None
     )
 

@@ -281,6 +281,22 @@ def test_incubation_passes_only_with_every_bar(benchmark_module) -> None:
     assert "resumed" in subject.missed(judged(resumed=True))[0]
 
 
+def test_assembling_must_beat_random_adapters_and_the_weakest_parent(benchmark_module) -> None:
+    subject = benchmark_module("assemble")
+
+    def judged(tuned: float) -> dict:
+        accuracy = {"small_resnet_m": 0.9, "resnet18": 0.92, "vit": 0.85, "random, tuned": 0.88}
+        rows = {
+            name: {"accuracy": value, "parameters": 5, "epochs": 3}
+            for name, value in {**accuracy, "least-squares, tuned": tuned}.items()
+        }
+        return subject.summary([{"rows": rows}, {"rows": rows}])
+
+    assert judged(0.91)["passes"] and judged(0.91)["over_best_parent"] == pytest.approx(-0.01)
+    assert "random adapters end 2.00 points" in subject.missed(judged(0.86))[0]
+    assert "3.00 points less accurate than its weakest" in subject.missed(judged(0.82))[1]
+
+
 def test_ranks_must_follow_one_processs_losses(benchmark_module) -> None:
     subject = benchmark_module("distributed")
     runs = {"net, one process": {"losses": [[2.0, 1.0]]}, "net, ddp": {"losses": [[2.0, 1.005]]}}

@@ -53,6 +53,7 @@ SCRIPTS = (
     "contextual_sparsity",
     "token_reduction",
     "incubation",
+    "assemble",
     "growth",
     "distributed",
 )

@@ -30,7 +30,7 @@ LEVELS: list[list[str]] = [
     ["cveff.apply"],
     ["cveff.model_zoo"],
     ["cveff.recipe_settings"],
-    ["cveff.recipe", "cveff.subject", "cveff.effects"],
+    ["cveff.recipe", "cveff.subject", "cveff.effects", "cveff.train.stitching"],
     ["cveff.recipe_text", "cveff.run_folder", "cveff.origin"],
     ["cveff.pipeline"],
     ["cveff.shortcut", "cveff.compression", "cveff.extraction", "cveff.quantization"],
