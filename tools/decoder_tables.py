@@ -88,24 +88,10 @@ def kv_quality(values: Values) -> str:
     )
 
 
-def contextual_sparsity(values: Values) -> str:
-    """A row for each way to choose neurons and share kept."""
-    rows = []
-    for name, row in values["rows"].items():
-        if "perplexity" in row:
-            recall, energy = (
-                f"{row[key]:.3f}" if row.get(key) is not None else "–" for key in ("recall", "energy")
-            )
-            ratio = f"{row['perplexity_ratio']:.3f}" if "perplexity_ratio" in row else "–"
-            rows.append([name, recall, energy, f"{row['perplexity']:.2f}", ratio])
-    return markdown(["neurons", "recall", "share of the output's energy", "perplexity", "over dense"], rows)
-
-
 TABLES: dict[str, tuple[str, Callable[[Values], str]]] = {
     "gather_mlp": ("gather_mlp", gather_mlp),
     "decode_attention": ("decode_attention", decode_attention),
     "kv_memory": ("kv_cache", kv_memory),
     "kv_attention": ("kv_cache", kv_attention),
     "kv_quality": ("kv_cache", kv_quality),
-    "contextual_sparsity": ("contextual_sparsity", contextual_sparsity),
 }
