@@ -65,9 +65,12 @@ def test_the_key_depends_on_source_flags_and_processor(
 
 
 def test_what_does_not_compile_is_said_and_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    # Not caplog: libraries that other tests load turn levels and handlers of a whole process.
+    said: list[str] = []
+    monkeypatch.setattr(build._log, "warning", lambda text, *values: said.append(text % values))
     source = tmp_path / "broken" / "cpu.cpp"
     source.parent.mkdir()
     source.write_text("this is not C++")
@@ -75,5 +78,4 @@ def test_what_does_not_compile_is_said_and_leaves_nothing(
         build.built(source)
     assert list((tmp_path / "cveff" / "kernels").iterdir()) == []
     assert build.library(source) is None and build.library(source) is None
-    (record,) = [item for item in caplog.records if item.name == "cveff.kernels"]
-    assert "broken runs as plain PyTorch" in record.getMessage()
+    assert len(said) == 1 and "broken runs as plain PyTorch" in said[0]
