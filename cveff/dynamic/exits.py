@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -50,7 +51,7 @@ class ExitHead(nn.Module):
         return features[:, self.prefix :].mean(1)  # (N, L, C) -> (N, C)
 
 
-class NetworkWithExits(nn.Module):
+class NetworkWithExits(nn.Module, ABC):
     """A network that answers more than once on its way. Called, it gives its last answer; `answers` has all.
 
     Args:
@@ -70,9 +71,9 @@ class NetworkWithExits(nn.Module):
             self._kept[:] = early
         return last
 
+    @abstractmethod
     def answers(self, images: Tensor) -> tuple[Tensor, ...]:
         """Logits (N, classes) of every exit."""
-        raise NotImplementedError
 
     @contextmanager
     def keeping(self) -> Iterator[list[Tensor]]:

@@ -11,6 +11,7 @@ python tools/benchmarks/early_exit.py --quick          # one epoch of tiny ones:
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ COLUMNS = (
 
 
 def main() -> None:
-    arguments = _arguments()
+    arguments = parsed(__doc__, "early_exit", MODELS)
     settings = {"threads": arguments.threads, "epochs": arguments.epochs, "seed": arguments.seed}
     results = common.Results(arguments.out, __file__, settings, fresh=arguments.fresh)
     found = results.values.setdefault("networks", {})
@@ -205,23 +206,23 @@ def first(data: Data, count: int) -> Data:
     return replace(data, **splits)
 
 
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument(
-        "--only", nargs="+", choices=list(MODELS), default=list(MODELS), help="which networks"
-    )
+def parsed(description: str | None, name: str, networks: Iterable[str]) -> argparse.Namespace:
+    """The command line of a benchmark `name` that trains some of `networks` and deploys them in stages."""
+    parser = argparse.ArgumentParser(description=(description or "").split("\n\n")[0])
+    known = list(networks)
+    parser.add_argument("--only", nargs="+", choices=known, default=known, help="which networks")
     parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--models", type=Path, help="folder of runs; by default runs/early_exit")
+    parser.add_argument("--models", type=Path, help=f"folder of runs; by default runs/{name}")
     parser.add_argument("--quick", action="store_true", help="one epoch on 512 images")
     parser.add_argument("--fresh", action="store_true", help="measure again what is in the JSON file")
-    parser.add_argument("--out", type=Path, help="JSON file; by default model_zoo/results/early_exit.json")
+    parser.add_argument("--out", type=Path, help=f"JSON file; by default model_zoo/results/{name}.json")
     arguments = parser.parse_args()
     arguments.epochs = 1 if arguments.quick else arguments.epochs
-    runs = common.ROOT / "runs" / ("quick" if arguments.quick else "") / "early_exit"
+    runs = common.ROOT / "runs" / ("quick" if arguments.quick else "") / name
     arguments.models = arguments.models or runs
-    arguments.out = arguments.out or common.output("early_exit.json", arguments.quick)
+    arguments.out = arguments.out or common.output(f"{name}.json", arguments.quick)
     return arguments
 
 

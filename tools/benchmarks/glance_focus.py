@@ -19,7 +19,7 @@ from typing import Any
 import common
 import numpy as np
 import torch
-from early_exit import INPUT, MODELS, MOST_POINTS, figures, first, target, training
+from early_exit import INPUT, MODELS, MOST_POINTS, figures, first, parsed, target, training
 
 import cveff
 from cveff.data import Data
@@ -41,7 +41,7 @@ PIECES, PIECE = 8, 8
 
 
 def main() -> None:
-    arguments = _arguments()
+    arguments = parsed(__doc__, "glance_focus", NETWORKS)
     settings = {"threads": arguments.threads, "epochs": arguments.epochs, "seed": arguments.seed}
     results = common.Results(arguments.out, __file__, settings, fresh=arguments.fresh)
     found = results.values.setdefault("networks", {})
@@ -186,26 +186,6 @@ def row(name: str, item: dict[str, Any], values: dict[str, Any]) -> tuple[object
         plain / item["median_ms"],
         " ".join(f"{100 * count / sum(exits):.0f}" for count in exits) or None,
     )
-
-
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument(
-        "--only", nargs="+", choices=list(NETWORKS), default=list(NETWORKS), help="which networks"
-    )
-    parser.add_argument("--epochs", type=int, default=15)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--models", type=Path, help="folder of runs; by default runs/glance_focus")
-    parser.add_argument("--quick", action="store_true", help="one epoch on 512 images")
-    parser.add_argument("--fresh", action="store_true", help="measure again what is in the JSON file")
-    parser.add_argument("--out", type=Path, help="JSON file; by default model_zoo/results/glance_focus.json")
-    arguments = parser.parse_args()
-    arguments.epochs = 1 if arguments.quick else arguments.epochs
-    runs = common.ROOT / "runs" / ("quick" if arguments.quick else "") / "glance_focus"
-    arguments.models = arguments.models or runs
-    arguments.out = arguments.out or common.output("glance_focus.json", arguments.quick)
-    return arguments
 
 
 if __name__ == "__main__":
