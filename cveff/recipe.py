@@ -117,6 +117,7 @@ class Recipe:
                 )
             self._check_after_quantize(index, step)
             self._check_after_exits(index, step)
+            self._check_after_elastic(index, step)
             if _is_folding(step) and step in self.steps[:index]:
                 raise RecipeError(f"steps[{index}]: {step.kind} is done twice; remove one")
             if self.deploy is None and needs_timer(step):
@@ -146,6 +147,18 @@ class Recipe:
         if earlier and not isinstance(step, (Train, Distill)):
             kind = earlier[0].kind
             raise RecipeError(f"steps[{index}]: {step.kind} comes after {kind}; put {kind} behind it")
+
+    def _check_after_elastic(self, index: int, step: Step) -> None:
+        """Sub-nets share weights that only `Elastic` trains for all of them."""
+        last = next(
+            (item for item in reversed(self.steps[:index]) if isinstance(item, (Elastic, ExtractSubNet))),
+            None,
+        )
+        if isinstance(last, Elastic) and isinstance(step, (Train, Distill, Tune)):
+            raise RecipeError(
+                f"steps[{index}]: {step.kind} comes after elastic, whose smaller sub-nets it would spoil; put an "
+                "extract_subnet step between them"
+            )
 
     def _check_training(self, train: Train) -> None:
         if train.epochs == 0 and train.ema > 0:

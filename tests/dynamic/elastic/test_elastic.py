@@ -285,3 +285,7 @@ def test_a_recipe_may_begin_with_it() -> None:
     assert parse_recipe(recipe.to_json()) == recipe
     with pytest.raises(RecipeError, match="train: is missing"):
         parse_recipe({"data": {"source": "digits"}, "steps": [steps[1]]})
+    train = {"kind": "train", "epochs": 1, "warmup_epochs": 0}
+    with pytest.raises(RecipeError, match=r"steps\[1\]: train comes after elastic"):
+        parse_recipe({"data": {"source": "digits"}, "steps": [steps[0], train]})
+    assert len(parse_recipe({"data": {"source": "digits"}, "steps": [*steps, train]}).steps) == 3
