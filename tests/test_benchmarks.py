@@ -41,6 +41,7 @@ SCRIPTS = (
     "latency_table",
     "trt_check",
     "typed_graphs",
+    "autocast",
     "weight_only",
     "quantize_peers",
     "repairs",

@@ -28,6 +28,7 @@ LARGE, SMALL = "mobilenetv4_conv_small", "test_efficientnet"
 """What the README trains, and what is trained here instead."""
 FEW = """
 name = "few"
+description = "Two engines, one image at a time."
 candidates = [["onnxruntime", "fp32"], ["onnxruntime", "int8"], ["openvino", "fp32"]]
 batch_sizes = [1]
 """

@@ -1,4 +1,4 @@
-"""`nvidia-modelopt`'s ONNX post-training quantization, in an environment of its own: its packages are not cveff's."""
+"""`nvidia-modelopt`'s ONNX post-training quantization and AutoCast, in an environment of its own (other packages)."""
 
 from __future__ import annotations
 
@@ -67,6 +67,25 @@ def modelopt_int8(
         _run(python, str(CHILD), "quantize", str(copied), str(written), str(saved), others)
         destination.write_bytes(written.read_bytes())
     return destination
+
+
+def autocast(python: Path, source: Path, destination: Path, images: np.ndarray) -> float:
+    """`modelopt.onnx.autocast.convert_to_mixed_precision` to float16 with its defaults, inputs and outputs as they are.
+
+    Args:
+        images: (N, H, W, C) uint8, what it looks at values on.
+
+    Returns:
+        seconds it took.
+
+    Raises:
+        RuntimeError: modelopt failed; the last line of what it wrote.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        saved = Path(folder) / "images.npz"
+        np.savez(saved, images=images)
+        written = _run(python, str(CHILD), "autocast", str(source), str(destination), str(saved))
+    return float(written.strip().splitlines()[-1])
 
 
 def _run(python: Path, *arguments: str) -> str:
