@@ -14,6 +14,7 @@ from PIL import Image
 from .engine import Engine
 from .errors import CveffError
 from .placement import UNSEEN, place
+from .reuse import FeatureReuse
 
 Size = tuple[int, int]
 """(height, width) of a photograph."""
@@ -27,11 +28,13 @@ class Settings:
         top_k: classes of an image; of a detector, detections.
         min_score: detections below it are left out.
         masks: folder for the masks of a segmentation network, PNG files whose pixels are class indices.
+        reuse: the images are a video's frames, in order, through a staged bundle.
     """
 
     top_k: int = 5
     min_score: float = 0.5
     masks: Path | None = None
+    reuse: FeatureReuse | None = None
 
 
 def answers(
@@ -60,7 +63,7 @@ def answers(
             for mask, size, name in zip(engine.segment(pixels), sizes, names, strict=True)
         ]
     if engine.cascade is not None:
-        probabilities, left = engine.staged(pixels)
+        probabilities, left = engine.staged(pixels, settings.reuse)
         return [
             {
                 "predictions": _predictions(engine, row, settings.top_k),

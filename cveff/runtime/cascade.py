@@ -17,11 +17,12 @@ from PIL import Image
 
 from .drift import Alarm, DriftMonitor
 from .engines import open_file, opens
-from .errors import BundleError, EngineError
+from .errors import BundleError, CveffError, EngineError
 from .gates import certainty
 from .input_spec import InputSpec
 from .machine import usable_cores
 from .manifest import locate
+from .reuse import FeatureReuse
 from .session import Session
 from .stages import Stage, Stages, check_thresholds
 
@@ -127,25 +128,32 @@ class Cascade(Session):
             self._start_counting(calibrated, is_calibrated=checked == calibrated.thresholds)
 
     def answer(
-        self, images: np.ndarray, thresholds: Sequence[float] | None = None
+        self,
+        images: np.ndarray,
+        thresholds: Sequence[float] | None = None,
+        reuse: FeatureReuse | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Logits and where each image left.
 
         Args:
             images: (N, H, W, C) uint8 of the bundle's size; N may be 0.
             thresholds: in place of `thresholds`, for this call, which is then not counted.
+            reuse: the images are frames in order, of the video it was made for: those whose features look like those
+                of an earlier one take over its answer, and count where that one left.
 
         Returns:
             logits (N, classes) float32 and the index of the stage (N,) int64.
 
         Raises:
-            CveffError: not one threshold for each stage but the last.
+            CveffError: not one threshold for each stage but the last, or see `check_features`.
             InputSizeError, EngineError: as `__call__`.
         """
         self._check(images)
+        if reuse is not None:
+            self.check_features()
         is_counted = thresholds is None
         chosen = self._thresholds if thresholds is None else check_thresholds(thresholds, len(self.stages))
-        logits, left = self._walk(images, chosen)
+        logits, left = self._walk(images, chosen, reuse)
         if is_counted:
             self._count(left)
         return logits, left
@@ -162,6 +170,29 @@ class Cascade(Session):
             found.append(np.asarray(outputs.pop("logits"), np.float32))
             carried |= outputs
         return found
+
+    def features(self, images: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Which images would not leave at the first stage (N,) bool, and what it carries on for each, (N, …) by name.
+
+        Raises:
+            CveffError, InputSizeError, EngineError: as `answer` with `reuse`.
+        """
+        self._check(images)
+        self.check_features()
+        outputs = self._run_stage(self.stages[0], self._sessions[0], {"images": images})
+        stays = self._stay(outputs["logits"], self._thresholds[0])
+        return stays, {name: outputs[name] for name in outputs if name in self._taken_after[0]}
+
+    def check_features(self) -> None:
+        """
+        Raises:
+            CveffError: a later stage starts from the images again, so none goes on from what the first has found.
+        """
+        if not self.stages[1].goes_on:
+            raise CveffError(
+                f"stage {self.stages[1].name!r} of {self.path} starts from the image again and takes no features of "
+                "the stage before it, so there are none to compare; use similar frames instead (--skip-similar)"
+            )
 
     def statistics(self) -> list[StageStatistics]:
         """How many images left at each stage."""
@@ -197,11 +228,14 @@ class Cascade(Session):
         for session in self._sessions:
             session.close()
 
-    def _walk(self, images: np.ndarray, thresholds: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    def _walk(
+        self, images: np.ndarray, thresholds: Sequence[float], reuse: FeatureReuse | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         assert self.num_classes is not None
         logits = np.empty((len(images), self.num_classes), np.float32)
         left = np.zeros(len(images), np.int64)
         here = np.arange(len(images))  # images that are still on their way
+        whose = np.arange(len(images))  # the image whose answer each takes; -1: of the call before
         carried = {"images": images}
         for index, (stage, session) in enumerate(zip(self.stages, self._sessions, strict=True)):
             if not len(here):
@@ -212,17 +246,31 @@ class Cascade(Session):
             logits[here] = found
             if index == len(thresholds):
                 break
-            # A certainty that is no number reaches no threshold; -inf is none that anything must reach.
-            stays = ~(certainty(found, self.gate) >= thresholds[index]) & (thresholds[index] != -np.inf)
             carried = {
                 name: values
                 for name, values in {**carried, **outputs}.items()
                 if name in self._taken_after[index]
             }
+            stays = self._stay(found, thresholds[index])
+            if reuse is not None and index == 0:
+                sources = reuse.sources({name: carried[name][stays] for name in outputs if name in carried})
+                whose[here[stays]] = np.where(sources < 0, -1, here[stays][sources])
+                stays = stays & (whose == here)
             if not stays.all():
                 here = here[stays]
                 carried = {name: values[stays] for name, values in carried.items()}
+            if reuse is not None and index == 0:
+                went_on = here
+        if reuse is not None and len(images):
+            reuse.take_over(logits, left, whose)
+            if len(went_on):
+                reuse.remember(logits[went_on[-1]], int(left[went_on[-1]]))
         return logits, left
+
+    def _stay(self, logits: np.ndarray, threshold: float) -> np.ndarray:
+        """Images that go on, (N,) bool. A certainty that is no number reaches no threshold; -inf is none that anything
+        must reach."""
+        return ~(certainty(logits, self.gate) >= threshold) & (threshold != -np.inf)
 
     def _run_stage(
         self, stage: Stage, session: Session, carried: Mapping[str, np.ndarray]

@@ -18,6 +18,7 @@ from .exported import file_manifest
 from .input_spec import InputSpec
 from .machine import usable_cores
 from .preprocess import Source, preprocess
+from .reuse import FeatureReuse
 from .session import Session
 from .stages import read_stages
 
@@ -123,15 +124,18 @@ class Engine:
         """The stages of a staged bundle, with their thresholds, counts and drift alarm; None of other bundles."""
         return self._session if isinstance(self._session, Cascade) else None
 
-    def staged(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def staged(self, images: np.ndarray, reuse: FeatureReuse | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Of a staged bundle: probabilities (N, classes) float32, and the index of the stage (N,) each image left at.
+
+        Args:
+            reuse: as of `Cascade.answer`.
 
         Raises:
             EngineError: the bundle has no stages, or as `__call__`.
         """
         if self.cascade is None:
             raise EngineError(f"{self.path} has no stages; `probabilities` answers")
-        logits, left = self.cascade.answer(images)
+        logits, left = self.cascade.answer(images, reuse=reuse)
         return softmax(self._finite(logits)), left
 
     def detect(self, images: np.ndarray) -> list[Detections]:

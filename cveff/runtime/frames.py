@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ THUMBNAIL = 32
 """Side of the thumbnails, in pixels: fine enough for an object to move in, coarse enough for noise to average out."""
 MAX_THRESHOLDS = 64
 """Thresholds tried at most by `calibrate`."""
+Difference = Callable[[np.ndarray, np.ndarray], float]
 
 
 class SimilarFrames:
@@ -106,7 +107,10 @@ class Calibration:
 
 
 def calibrate(
-    thumbnails: Sequence[np.ndarray], answers: Sequence[Hashable], agreement: float = 0.99
+    thumbnails: Sequence[np.ndarray],
+    answers: Sequence[Hashable],
+    agreement: float = 0.99,
+    difference: Difference = difference,
 ) -> Calibration:
     """The threshold that passes over most frames while answers stay the same.
 
@@ -114,9 +118,10 @@ def calibrate(
     of frames 1, 2, 4, … apart.
 
     Args:
-        thumbnails: of the frames, in order.
+        thumbnails: of the frames, in order, or whatever else `difference` compares.
         answers: what computing each frame gives, such as its best class.
         agreement: least share (0..1) of frames whose answer stays the same.
+        difference: of two frames' thumbnails.
 
     Raises:
         CveffError: no frames, numbers that do not fit, or a share out of range.
@@ -127,7 +132,9 @@ def calibrate(
         raise CveffError(
             f"{len(thumbnails)} frames and {len(answers)} answers; give frames, and one answer each"
         )
-    tried = [_walk(thumbnails, answers, threshold) for threshold in _thresholds(thumbnails)]
+    tried = [
+        _walk(thumbnails, answers, threshold, difference) for threshold in _thresholds(thumbnails, difference)
+    ]
     allowed = [item for item in tried if item.agreement >= agreement]
     if not allowed:  # frames with equal thumbnails and different answers
         raise CveffError(
@@ -168,27 +175,49 @@ def compare(
     Raises:
         CveffError: no frames, or as `SimilarFrames`.
     """
-    gate, last, same = SimilarFrames(threshold), None, 0
-    seconds = {"every": 0.0, "skipping": 0.0}
+    gate, last = SimilarFrames(threshold), None
 
     def skipping(frame: np.ndarray) -> Hashable:
-        return last if gate(frame) else compute(frame)
+        nonlocal last
+        if not gate(frame):
+            last = compute(frame)
+        return last
 
-    ways = {"every": compute, "skipping": skipping}
+    measured = in_turns(compute, skipping, frames)
+    return replace(measured, skipped=gate.share_skipped)
+
+
+def in_turns(
+    every: Callable[[np.ndarray], Hashable],
+    skipping: Callable[[np.ndarray], Hashable],
+    frames: Iterable[np.ndarray],
+) -> Comparison:
+    """Answer each frame both ways; what was skipped is not known here, and 0.
+
+    Args:
+        every: the answer to one frame (H, W, C); it keeps nothing of the frames before.
+        skipping: the same, by way of what it keeps.
+        frames: in order.
+
+    Raises:
+        CveffError: no frames.
+    """
+    count, same, seconds = 0, 0, {"every": 0.0, "skipping": 0.0}
+    ways = {"every": every, "skipping": skipping}
     for index, frame in enumerate(frames):
         if index == 0:
-            compute(frame)  # engines allocate in their first call
+            every(frame)  # engines allocate in their first call
         found: dict[str, Hashable] = {}
         for name in sorted(ways, reverse=index % 2 == 1):  # in turns: the second finds the frame in the cache
             start = time.perf_counter()
             found[name] = ways[name](frame)
             seconds[name] += time.perf_counter() - start
-        last = found["skipping"]
-        same += last == found["every"]
-    if not gate.frames:
+        same += found["skipping"] == found["every"]
+        count += 1
+    if not count:
         raise CveffError("there are no frames to compare; give one or more")
-    every_ms, skipping_ms = (1000 * seconds[name] / gate.frames for name in ways)
-    return Comparison(gate.frames, gate.share_skipped, same / gate.frames, every_ms, skipping_ms)
+    every_ms, skipping_ms = (1000 * seconds[name] / count for name in ways)
+    return Comparison(count, 0.0, same / count, every_ms, skipping_ms)
 
 
 def natural(path: Path) -> tuple[tuple[int, int, str], ...]:
@@ -197,7 +226,9 @@ def natural(path: Path) -> tuple[tuple[int, int, str], ...]:
     return tuple((0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts if part)
 
 
-def _walk(thumbnails: Sequence[np.ndarray], answers: Sequence[Hashable], threshold: float) -> Calibration:
+def _walk(
+    thumbnails: Sequence[np.ndarray], answers: Sequence[Hashable], threshold: float, difference: Difference
+) -> Calibration:
     last, skipped, same = 0, 0, 0
     for index, small in enumerate(thumbnails):
         if index and difference(small, thumbnails[last]) <= threshold:
@@ -209,7 +240,7 @@ def _walk(thumbnails: Sequence[np.ndarray], answers: Sequence[Hashable], thresho
     return Calibration(threshold, count, skipped / count, same / count)
 
 
-def _thresholds(thumbnails: Sequence[np.ndarray]) -> list[float]:
+def _thresholds(thumbnails: Sequence[np.ndarray], difference: Difference) -> list[float]:
     found, lag = [0.0], 1
     while lag < len(thumbnails):
         found += [difference(*pair) for pair in zip(thumbnails, thumbnails[lag:], strict=False)]

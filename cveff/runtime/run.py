@@ -22,7 +22,8 @@ from .errors import CveffError, ImageError, InputSizeError
 from .frames import SimilarFrames, natural
 from .preprocess import IMAGE_SUFFIXES, decode, fit
 from .processor import processor_notes
-from .run_frames import calibrate_frames, check_frames
+from .reuse import FeatureReuse
+from .run_frames import calibrate_features, calibrate_frames, check_features, check_frames
 
 _EPILOG = "Exit codes: 0 all images answered; 2 a wrong option, bundle or image (named on stderr); 1 a bug."
 
@@ -204,6 +205,20 @@ def _parser(names_bundle: bool) -> argparse.ArgumentParser:
         help="choose LEVELS on the first half of the frames, so that this share of answers stays the same, and "
         "measure it on the rest",
     )
+    features = parser.add_mutually_exclusive_group()
+    features.add_argument(
+        "--reuse-features",
+        type=_percent,
+        metavar="PERCENT",
+        help="of a video's frames through a staged bundle, those whose features after the first stage differ less from "
+        "an earlier one's take over its answer: mean difference in percent of their size",
+    )
+    features.add_argument(
+        "--calibrate-features",
+        type=_share,
+        metavar="SHARE",
+        help="choose PERCENT as --calibrate-similar chooses LEVELS",
+    )
     parser.add_argument("--batch-size", type=_positive, default=8, help="images a call (default 8)")
     parser.add_argument("--resize", action="store_true", help="enlarge images smaller than the model's input")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
@@ -229,6 +244,10 @@ def _levels(text: str) -> float:
     return _up_to(255, text)
 
 
+def _percent(text: str) -> float:
+    return _up_to(100, text)
+
+
 def _up_to(largest: int, text: str) -> float:
     try:
         value = float(text)
@@ -247,23 +266,36 @@ def _run(options: argparse.Namespace, bundle: Path) -> int:
         if options.masks is not None and engine.task != "segmentation":
             raise CveffError(f"--masks is for segmentation; {bundle} is a {engine.task} model: leave it out")
         top_k = options.top_k or (100 if engine.task == "detection" else 5)
-        settings = Settings(top_k, options.min_score, options.masks)
-        gate = None
-        if options.skip_similar is not None or options.calibrate_similar is not None:
+        similar, features = options.calibrate_similar, options.calibrate_features
+        frames = (options.skip_similar, similar, options.reuse_features, features)
+        if any(value is not None for value in frames):
             check_frames(engine)
             paths = sorted(paths, key=natural)
-        if options.calibrate_similar is not None:
-            found = calibrate_frames(engine, paths, options.calibrate_similar, resize=options.resize)
+        if similar is not None or features is not None:
+            if similar is not None and features is not None:
+                raise CveffError("--calibrate-similar and --calibrate-features are both given; one at a time")
+            how = calibrate_frames if features is None else calibrate_features
+            found = how(engine, paths, similar if features is None else features, resize=options.resize)
             print(json.dumps(found.to_json(), indent=2) if options.json else found)
             return 0
+        gate, reuse = None, None
+        if options.reuse_features is not None:
+            check_features(engine)
+            reuse = FeatureReuse(options.reuse_features)
+        settings = Settings(top_k, options.min_score, options.masks, reuse)
         if options.skip_similar is not None:
             gate = SimilarFrames(options.skip_similar)
         results = answer_images(
             engine, paths, settings, batch_size=options.batch_size, resize=options.resize, gate=gate
         )
-        code = _print_json(engine, results, gate) if options.json else _print_lines(results, paths)
+        code = _print_json(engine, results, gate, reuse) if options.json else _print_lines(results, paths)
         if gate is not None:
             print(f"{gate.skipped} of {gate.frames} frames took over the answer before them", file=sys.stderr)
+        if reuse is not None:
+            print(
+                f"{reuse.reused} of {reuse.frames} computed frames took over what later stages had found",
+                file=sys.stderr,
+            )
         for alarm in () if engine.cascade is None else engine.cascade.alarms[:1]:
             print(f"warning: {alarm}", file=sys.stderr)
         return code
@@ -283,7 +315,12 @@ def _print_lines(results: Iterator[dict[str, Any]], paths: Sequence[Path]) -> in
     return 2 if num_failed else 0
 
 
-def _print_json(engine: Engine, found: Iterator[dict[str, Any]], gate: SimilarFrames | None) -> int:
+def _print_json(
+    engine: Engine,
+    found: Iterator[dict[str, Any]],
+    gate: SimilarFrames | None,
+    reuse: FeatureReuse | None,
+) -> int:
     results = list(found)
     failed = [result for result in results if "error" in result]
     document = {
@@ -303,6 +340,12 @@ def _print_json(engine: Engine, found: Iterator[dict[str, Any]], gate: SimilarFr
         document["drift"] = [alarm.to_json() for alarm in engine.cascade.alarms]
     if gate is not None:
         document["similar"] = {"levels": gate.threshold, "frames": gate.frames, "skipped": gate.skipped}
+    if reuse is not None:
+        document["features"] = {
+            "percent": reuse.threshold,
+            "frames": reuse.frames,
+            "reused": reuse.reused,
+        }
     print(json.dumps(document, indent=2))
     for result in failed:
         print(f"error: {result['error']}", file=sys.stderr)
