@@ -89,6 +89,8 @@ def test_every_console_command_runs(folder: Path) -> None:
         if LARGE in command:
             at = command.index("--target") if "--target" in command else len(command)
             command[at : at + 2] = ["--target", "few.toml"]
+        if "--deploy" in command or "--budget" in command:
+            command += ["--target", "few.toml"]
         if line.startswith("cveff train digits --out"):  # `make demo` trains it to its end
             command += ["--epochs", "5", "--set", "deploy.max_accuracy_drop=100"]
         if line.startswith("cveff compress"):
