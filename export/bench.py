@@ -16,10 +16,11 @@ from cveff.export.scoring import first_images, score
 from cveff.export.streams import STREAM_CALLS, Stream, stream_times
 from cveff.export.subjects import Source, Subject, open_subject
 from cveff.measure.latency import Latency, compare
-from cveff.measure.memory import peak_memory
+from cveff.measure.memory import Memory, peak_memory, peak_memory_of_stages
 from cveff.measure.predictor import Predictor
 from cveff.measure.threads import pinned_threads, usable_cores
 from cveff.progress import Progress, Silent
+from cveff.runtime.stages import Stages
 
 SECONDS = 10.0
 """Time for rounds at each batch size, where their number is not given."""
@@ -86,7 +87,7 @@ def bench(
         threads: of every engine; by default every core this process may use.
         data: labelled images to measure accuracy on (its test split where there is one, else val).
         rounds: interleaved rounds; by default as many as tell the two fastest apart to 2%, within ten seconds.
-        memory: measure the peak memory of a fresh process for every file; not where there are staged bundles.
+        memory: measure the peak memory of a fresh process for every file and every staged bundle.
 
     Returns:
         one `Figures` a subject and batch size, subjects in order within each batch size.
@@ -118,10 +119,11 @@ def bench(
         accuracies = {} if data is None else _accuracies(opened, data, progress)
         if any(subject.cascade is not None for subject in opened.values()):
             timings = {size: _time_streams(opened, size, rounds, data) for size in sizes}
-            return _all_figures(opened, sizes, timings, {}, accuracies, data)
-        timings = {
-            size: _time(opened, size, rounds) for size in progress.track(sizes, "timing in turns", len(sizes))
-        }
+        else:
+            timings = {
+                size: _time(opened, size, rounds)
+                for size in progress.track(sizes, "timing in turns", len(sizes))
+            }
     peaks = _peaks(opened, sizes[0], progress) if memory else {}
     return _all_figures(opened, sizes, timings, peaks, accuracies, data)
 
@@ -210,17 +212,21 @@ def _accuracies(subjects: Mapping[str, Subject], data: Data, progress: Progress)
 
 def _peaks(subjects: Mapping[str, Subject], batch: int, progress: Progress) -> dict[str, int]:
     files = {name: subject for name, subject in subjects.items() if subject.path is not None}
-    peaks = {}
-    for name, subject in progress.track(files.items(), "memory of fresh processes", len(files)):
-        assert subject.path is not None
-        peaks[name] = peak_memory(
-            subject.engine,
-            subject.path,
-            subject.example(batch),
-            threads=subject.threads,
-            options=subject.options,
-        ).peak_rss_bytes
-    return peaks
+    return {
+        name: _peak(subject, batch).peak_rss_bytes
+        for name, subject in progress.track(files.items(), "memory of fresh processes", len(files))
+    }
+
+
+def _peak(subject: Subject, batch: int) -> Memory:
+    images, threads, cascade = subject.example(batch), subject.threads, subject.cascade
+    if cascade is not None:
+        stages = Stages(cascade.gate, cascade.stages)
+        return peak_memory_of_stages(
+            cascade.path, stages, subject.input, subject.labels, images, threads=threads
+        )
+    assert subject.path is not None
+    return peak_memory(subject.engine, subject.path, images, threads=threads, options=subject.options)
 
 
 def _figures(

@@ -104,6 +104,7 @@ def deploy_exits(
             },
             warnings=(*images.warnings, *notes),
             progress=progress,
+            memory_mb=target.memory_mb,
         )
 
 

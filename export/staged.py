@@ -17,6 +17,7 @@ from cveff.export.scoring import SCORING_BATCH, first_images
 from cveff.export.streams import STREAM_CALLS, Stream, stream_times
 from cveff.measure.accuracy import agreement, top1
 from cveff.measure.latency import Latency, compare
+from cveff.measure.memory import Memory
 from cveff.measure.parity import relative_difference
 from cveff.measure.predictor import Predictor
 from cveff.measure.size import size_bytes
@@ -167,7 +168,13 @@ def measure_stages(
 
 
 def staged_manifest(
-    parts: Parts, staged: Staged, selection: Split, evaluation: Split, goal: Goal, threads: int
+    parts: Parts,
+    staged: Staged,
+    memory: Memory,
+    selection: Split,
+    evaluation: Split,
+    goal: Goal,
+    threads: int,
 ) -> dict[str, Any]:
     """Every key of the manifest that was measured; `recipe`, `versions` and `machine` are the caller's."""
     full_name = parts.full_name
@@ -206,7 +213,8 @@ def staged_manifest(
                 key: deciding[key] for key in ("batch", "threads", "median", "p90", "reference_median")
             },
             "latencies": latencies,
-            "peak_rss_bytes": None,
+            "peak_rss_bytes": memory.peak_rss_bytes,
+            "memory": memory.to_json(),
             "size_bytes": staged.size_bytes,
             "images": {"split": evaluation.name, "count": len(evaluation)},
             "selection": {

@@ -176,6 +176,21 @@ def onnx_maker() -> Callable[..., Path]:
     return make_onnx
 
 
+@pytest.fixture(scope="module")
+def quick_stages() -> Iterator[None]:
+    """Short comparisons of stages: tests do not assert times."""
+    from cveff.export import deploy_exits, staged
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name in (
+            (staged, "STAGE_SECONDS"),
+            (staged, "STREAM_SECONDS"),
+            (deploy_exits, "ENGINE_SECONDS"),
+        ):
+            patch.setattr(module, name, 0.05)
+        yield
+
+
 @pytest.fixture
 def manifest_maker() -> Callable[..., dict[str, Any]]:
     """`make_manifest`, for tests that need another manifest."""

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from cveff.runtime.engines import open_file
+from cveff.runtime.session import Session
 
 
 def main() -> None:
@@ -22,9 +23,7 @@ def main() -> None:
     images = np.load(request["images"], allow_pickle=False)
     baseline = peak_rss_bytes()
     start = time.perf_counter()
-    session = open_file(
-        request["engine"], Path(request["path"]), threads=request["threads"], options=request["options"]
-    )
+    session = _open_stages(request) if "stages" in request else _open_file(request)
     opened = time.perf_counter()
     session(images)
     first = time.perf_counter()
@@ -43,6 +42,24 @@ def main() -> None:
     sys.stdout.write("\n" + json.dumps(answer) + "\n")
     sys.stdout.flush()
     session.close()
+
+
+def _open_file(request: dict[str, Any]) -> Session:
+    return open_file(
+        request["engine"], Path(request["path"]), threads=request["threads"], options=request["options"]
+    )
+
+
+def _open_stages(request: dict[str, Any]) -> Session:
+    from cveff.runtime.cascade import Cascade
+    from cveff.runtime.input_spec import InputSpec
+    from cveff.runtime.stages import parse_stages
+
+    stages = parse_stages(request["stages"], "stages")
+    spec = InputSpec.from_json(request["input"])
+    cascade = Cascade(Path(request["folder"]), stages, spec, request["labels"], threads=request["threads"])
+    cascade.thresholds = [float("inf")] * (len(stages.stages) - 1)  # the most that an image can need
+    return cascade
 
 
 def peak_rss_bytes() -> int:

@@ -1,4 +1,4 @@
-"""Peak resident memory, and the time to a first answer, of a fresh process that opens a file and predicts."""
+"""Peak resident memory, and the time to a first answer, of a fresh process that opens files and predicts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +20,8 @@ import numpy as np
 
 import cveff
 from cveff.errors import EngineError
+from cveff.runtime.input_spec import InputSpec
+from cveff.runtime.stages import Stages
 
 CHILD = "cveff.measure._memory_child"
 
@@ -72,17 +74,52 @@ def peak_memory(
     Raises:
         EngineError: the process failed (the last line it wrote to stderr is quoted) or took too long.
     """
+    request = {
+        "engine": engine,
+        "path": str(Path(path).absolute()),
+        "threads": threads,
+        "options": dict(options or {}),
+        "num_predictions": num_predictions,
+    }
+    return _measured(request, images, timeout_seconds, what=f"{engine} on {path}")
+
+
+def peak_memory_of_stages(
+    folder: str | Path,
+    stages: Stages,
+    spec: InputSpec,
+    labels: Sequence[str],
+    images: np.ndarray,
+    *,
+    threads: int,
+    num_predictions: int = 3,
+    timeout_seconds: float = 120.0,
+) -> Memory:
+    """The same of a staged bundle's files, all of them open, with every image going through to the last.
+
+    Args:
+        folder: holds the files; stages, spec, labels: as of `cveff.runtime.cascade.Cascade`.
+        images: uint8 (N, H, W, C) of `spec`'s size.
+
+    Raises:
+        EngineError: as `peak_memory`.
+    """
+    request = {
+        "folder": str(Path(folder).absolute()),
+        "stages": stages.to_json(),
+        "input": spec.to_json(),
+        "labels": list(labels),
+        "threads": threads,
+        "num_predictions": num_predictions,
+    }
+    return _measured(request, images, timeout_seconds, what=f"{len(stages.stages)} stages of {folder}")
+
+
+def _measured(request: dict[str, Any], images: np.ndarray, timeout_seconds: float, what: str) -> Memory:
     with tempfile.TemporaryDirectory() as folder:
         np.save(Path(folder) / "images.npy", images, allow_pickle=False)
-        request = {
-            "engine": engine,
-            "path": str(Path(path).absolute()),
-            "images": str(Path(folder) / "images.npy"),
-            "threads": threads,
-            "options": dict(options or {}),
-            "num_predictions": num_predictions,
-        }
-        answer = _run_child(json.dumps(request), timeout_seconds, what=f"{engine} on {path}")
+        request = {**request, "images": str(Path(folder) / "images.npy")}
+        answer = _run_child(json.dumps(request), timeout_seconds, what)
     return Memory(**{**answer, "modules": tuple(answer["modules"])})
 
 

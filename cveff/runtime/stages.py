@@ -66,6 +66,10 @@ class Stages:
     gate: str
     stages: tuple[Stage, ...]
 
+    def to_json(self) -> dict[str, Any]:
+        """The manifest's entries that `parse_stages` reads."""
+        return {"gate": self.gate, "files": [stage.to_json() for stage in self.stages]}
+
     @property
     def thresholds(self) -> tuple[float, ...]:
         """Of every stage but the last."""
@@ -80,8 +84,26 @@ def read_stages(manifest: Mapping[str, Any], name: str = FILE_NAME) -> Stages | 
     """
     if "stages" not in manifest:
         return None
-    where = f"{name}: stages"
-    values = entry_value(manifest, "stages", dict, name)
+    stages = parse_stages(entry_value(manifest, "stages", dict, name), f"{name}: stages")
+    if manifest["task"] != "classification":
+        raise BundleError(f"{name}: stages of a {manifest['task']} model; there must be a classifier's")
+    listed = {entry["path"] for entry in manifest["files"]}
+    for stage in stages.stages:
+        needed = [stage.file.file]
+        if stage.file.file.endswith(".xml"):
+            needed.append(stage.file.file.removesuffix(".xml") + ".bin")
+        for file in needed:
+            if file not in listed:
+                raise BundleError(f"{name}: files does not list {file!r}, which stage {stage.name!r} opens")
+    return stages
+
+
+def parse_stages(values: Mapping[str, Any], where: str) -> Stages:
+    """Stages from plain JSON values; `where` begins the messages.
+
+    Raises:
+        BundleError: names the key.
+    """
     gate = entry_value(values, "gate", str, where)
     if gate not in GATES:
         raise BundleError(
@@ -89,20 +111,11 @@ def read_stages(manifest: Mapping[str, Any], name: str = FILE_NAME) -> Stages | 
             f"bundle's run.py"
         )
     entries = entry_value(values, "files", list, where)
-    if manifest["task"] != "classification" or len(entries) < 2:
-        raise BundleError(
-            f"{where}: {len(entries)} files of a {manifest['task']} model; there must be two or more of a classifier"
-        )
-    listed = {entry["path"] for entry in manifest["files"]}
-    stages = [_stage(entry, index, f"{where}.files[{index}]") for index, entry in enumerate(entries)]
-    for stage in stages:
-        needed = [stage.file.file]
-        if stage.file.file.endswith(".xml"):
-            needed.append(stage.file.file.removesuffix(".xml") + ".bin")
-        for file in needed:
-            if file not in listed:
-                raise BundleError(f"{name}: files does not list {file!r}, which stage {stage.name!r} opens")
-    return Stages(gate, tuple(stages))
+    if len(entries) < 2:
+        raise BundleError(f"{where}: {len(entries)} files; there must be two or more")
+    return Stages(
+        gate, tuple(_stage(entry, index, f"{where}.files[{index}]") for index, entry in enumerate(entries))
+    )
 
 
 def check_thresholds(thresholds: Sequence[float], num_stages: int) -> tuple[float, ...]:

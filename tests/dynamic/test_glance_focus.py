@@ -26,7 +26,6 @@ from cveff.dynamic.class_activation import class_activation, grid_of
 from cveff.dynamic.focus_network import FocusNetwork, area_weights, cropped
 from cveff.edits import edit_from_json, edit_to_json
 from cveff.errors import CveffError, RecipeError, StepError
-from cveff.export import deploy_exits, staged
 from cveff.export.exits import export_stages
 from cveff.export.onnx import example_images
 from cveff.export.verify import verify
@@ -292,7 +291,7 @@ def digits() -> Data:
 
 
 @pytest.fixture(scope="module")
-def bundle(digits: Data, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bundle(digits: Data, quick_stages: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     model = cveff.create(
         "small_resnet_s", labels=digits.labels, image_size=8, channels=1, widths=[8, 16], depths=[1, 1]
@@ -301,14 +300,7 @@ def bundle(digits: Data, tmp_path_factory: pytest.TempPathFactory) -> Path:
     step = GlanceFocus(view=5, crops=1, policy="learned", train=train)
     model = cveff.apply(model, step, data=digits, device="cpu")
     out = tmp_path_factory.mktemp("focus") / "focus.bundle"
-    with pytest.MonkeyPatch.context() as patch:
-        for module, name in (
-            (staged, "STAGE_SECONDS"),
-            (staged, "STREAM_SECONDS"),
-            (deploy_exits, "ENGINE_SECONDS"),
-        ):
-            patch.setattr(module, name, 0.05)
-        cveff.deploy(model, data=digits, target=TARGET, out=out, exits=Goal(accuracy_drop=20.0))
+    cveff.deploy(model, data=digits, target=TARGET, out=out, exits=Goal(accuracy_drop=20.0))
     return out
 
 

@@ -17,8 +17,7 @@ import cveff
 from cveff.cli import main
 from cveff.data import Data
 from cveff.dynamic import EarlyExit, Goal
-from cveff.errors import BundleError, CheckpointError, CveffError, StepError
-from cveff.export import deploy_exits, staged
+from cveff.errors import BundleError, CheckpointError, CveffError, StepError, TargetError
 from cveff.export.bench import bench
 from cveff.export.cascade import cascade
 from cveff.export.exits import export_branching, export_stages
@@ -30,6 +29,8 @@ from cveff.runtime.session import CARRIED
 from cveff.target import Target
 from cveff.train import Train
 
+pytestmark = pytest.mark.usefixtures("quick_stages")
+
 TARGET = Target(
     name="one", description="one thread", candidates=(("onnxruntime", "fp32"),), threads=1, batch_sizes=(1, 4)
 )
@@ -37,18 +38,6 @@ ARCHITECTURES = (
     ("resnet10t", {"image_size": 32}),
     ("vit_tiny_patch16_224", {"image_size": (32, 48), "depth": 4, "embed_dim": 24, "num_heads": 2}),
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick() -> object:
-    with pytest.MonkeyPatch.context() as patch:
-        for module, name in (
-            (staged, "STAGE_SECONDS"),
-            (staged, "STREAM_SECONDS"),
-            (deploy_exits, "ENGINE_SECONDS"),
-        ):
-            patch.setattr(module, name, 0.05)
-        yield None
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +141,8 @@ def test_a_deployed_bundle_keeps_what_was_promised(bundle: Path, digits: Data) -
         assert np.array_equal(engine.cascade.answer(images, [np.inf, np.inf])[0], last)
     whole = open_file("onnxruntime", bundle / "model.onnx", threads=1)
     np.testing.assert_allclose(last, whole(images), rtol=1e-3, atol=1e-5)
+    memory = metrics["memory"]
+    assert metrics["peak_rss_bytes"] == memory["peak_rss_bytes"] > memory["baseline_rss_bytes"] > 10_000_000
     curve = stages["curve"]
     assert all(a["accuracy"] < b["accuracy"] for a, b in itertools.pairwise(curve))
     page = (bundle / "report.html").read_text()
@@ -160,6 +151,15 @@ def test_a_deployed_bundle_keeps_what_was_promised(bundle: Path, digits: Data) -
     reached = [name for name, count in zip(names, stages["evaluation"]["exits"], strict=True) if count]
     assert "Where images leave" in page and len(reached) > 1, stages["evaluation"]
     assert f"left at {reached[0]}" in page and f"left at {reached[-1]}" in page
+
+
+def test_a_memory_limit_that_the_stages_do_not_meet(model: Model, digits: Data, tmp_path: Path) -> None:
+    target = replace(TARGET, memory_mb=20)
+    with pytest.raises(
+        TargetError, match=r"3 stages, all of them open, need \d+ MiB of memory at batch 1; the target has 20"
+    ):
+        cveff.deploy(model, data=digits, target=target, out=tmp_path / "b", exits=Goal(accuracy_drop=3.0))
+    assert not any(tmp_path.iterdir())
 
 
 def test_openvino_runs_the_same_stages_at_any_batch(bundle: Path, digits: Data) -> None:
@@ -182,10 +182,9 @@ def test_verify_sees_that_stages_are_the_network_and_bench_times_real_images(
     assert any("Images left at" in note for note in found.notes)
     with pytest.raises(CveffError, match="has stages, so its time depends on the images; give data"):
         bench(bundle, threads=1, rounds=1, memory=False)
-    figures = bench(
-        [f"onnxruntime:{bundle / 'model.onnx'}", bundle], threads=1, rounds=1, memory=False, data=digits
-    )
+    figures = bench([f"onnxruntime:{bundle / 'model.onnx'}", bundle], threads=1, rounds=1, data=digits)
     assert [item.kind for item in figures] == ["onnx", "bundle"]
+    assert all((item.peak_rss_bytes or 0) > 20_000_000 for item in figures)
     assert figures[1].accuracy == found.accuracy and figures[1].median_ms > 0
 
 
