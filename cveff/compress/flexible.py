@@ -4,17 +4,21 @@
 `scaled_dot_product_attention` that the width of a head is what scores are scaled by; pruning ends both. A flexible
 module runs its own code, and the n-th call of a family gets the sizes (or the scale) that the edit holds for it.
 Everything the edit does not name stays as the code says, so batches and image sizes remain free.
+
+Calls on constants alone are not counted: a module that makes a table of positions once and keeps it makes fewer of
+them the next time.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakIdKeyDictionary
 
 Named = Mapping[str, float]
 """Position in the sizes (as text), or "scale" -> value."""
@@ -136,13 +140,49 @@ def call_name(kind: str, numbers: Counter[str]) -> str:
     return name
 
 
+class Constants:
+    """Tensors of a running module that come from no input and no weight: its buffers, tensors it keeps as attributes,
+    and what is computed of those or of nothing.
+
+    Args:
+        module: about to run.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._known = WeakIdKeyDictionary()
+        for inner in module.modules():
+            self.add(list(vars(inner).values()))
+
+    def add(self, values: Any) -> None:
+        """The tensors among `values`, those in lists and dictionaries too, but no parameters."""
+        for tensor in _tensors(values):
+            if not isinstance(tensor, nn.Parameter):
+                self._known[tensor] = True
+
+    def only(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+        """Whether a call takes no other tensors."""
+        return all(tensor in self._known for tensor in _tensors([args, kwargs]))
+
+
+def _tensors(values: Any) -> Iterator[torch.Tensor]:
+    if isinstance(values, torch.Tensor):
+        yield values
+    elif isinstance(values, (list, tuple)):
+        for value in values:
+            yield from _tensors(value)
+    elif isinstance(values, dict):
+        for value in values.values():
+            yield from _tensors(value)
+
+
 class _Corrected(TorchFunctionMode):
     """Counts a module's calls, those of its children included, and corrects the ones that are named."""
 
-    def __init__(self, calls: Mapping[str, Named]) -> None:
+    def __init__(self, module: nn.Module, calls: Mapping[str, Named]) -> None:
         super().__init__()
         self._calls = calls
         self._numbers: Counter[str] = Counter()
+        self._constants = Constants(module)
 
     def __torch_function__(
         self,
@@ -152,6 +192,10 @@ class _Corrected(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if self._constants.only(args, kwargs):
+            result = func(*args, **kwargs)
+            self._constants.add(result)
+            return result
         kind = family(func, args)
         if kind:
             values = self._calls.get(call_name(kind, self._numbers))
@@ -167,7 +211,7 @@ class Flexible:
 
     def forward(self, *arguments: Any, **options: Any) -> Any:
         """The module's own forward, with the calls the edit names corrected."""
-        with _Corrected(self.flexible_calls):
+        with _Corrected(self, self.flexible_calls):  # type: ignore[arg-type]
             return super().forward(*arguments, **options)  # type: ignore[misc]
 
 

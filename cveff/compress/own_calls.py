@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from cveff.compress.flexible import call_corrected, call_name, family, named
+from cveff.compress.flexible import Constants, call_corrected, call_name, family, named
 from cveff.compress.operators import operator_name
 from cveff.compress.trace import Trace
 
@@ -205,11 +205,12 @@ _Before = Callable[[str, str, str, Sequence[Any], Mapping[str, Any]], Mapping[st
 _After = Callable[[str, str, str, Any], None]
 
 
-@dataclass
+@dataclass(eq=False)
 class _Frame:
     """A running module and how many calls it has made."""
 
     path: str
+    constants: Constants
     numbers: Counter[str] = field(default_factory=Counter)
 
 
@@ -227,10 +228,15 @@ class _Watching(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         kind = family(func, args)
-        if not kind or not self._running:
-            return func(*args, **kwargs)
+        counting = [frame for frame in self._running if not frame.constants.only(args, kwargs)]
+        if not kind or not counting or counting[-1] is not self._running[-1]:
+            result = func(*args, **kwargs)
+            for frame in self._running:
+                if frame not in counting:
+                    frame.constants.add(result)
+            return result
         # A module's calls are counted with its children's.
-        path, call = [(frame.path, call_name(kind, frame.numbers)) for frame in self._running][-1]
+        path, call = [(frame.path, call_name(kind, frame.numbers)) for frame in counting][-1]
         values = self._before(path, call, kind, args, kwargs) if self._before is not None else {}
         result = call_corrected(func, kind, args, kwargs, values) if values else func(*args, **kwargs)
         if self._after is not None:
@@ -246,8 +252,8 @@ def _watching(
     handles = []
     for path, inner in module.named_modules():
 
-        def enter(_: nn.Module, __: Any, path: str = path) -> None:
-            running.append(_Frame(path))
+        def enter(inner: nn.Module, __: Any, path: str = path) -> None:
+            running.append(_Frame(path, Constants(inner)))
 
         def leave(_: nn.Module, __: Any, ___: Any) -> None:
             running.pop()

@@ -37,6 +37,12 @@ WHOLE: dict[str, dict[str, object]] = {
         "key_dim": 8,
     },  # cached biases
     "pvt_v2_b0": {"depths": (1, 1, 1, 1)},  # keys and values of fewer tokens
+    "convit_tiny": {
+        "depth": 2,
+        "local_up_to_layer": 1,
+        "embed_dim": 32,
+        "num_heads": 4,
+    },  # a table kept from one run to the next
     "mobilevitv2_050": {},  # unfolded patches
     "efficientvit_b0": {},  # linear attention, regions without autocast
 }

@@ -81,6 +81,46 @@ def test_a_module_made_flexible_twice_keeps_earlier_corrections() -> None:
     assert type(outer[0]).__mro__.count(Flexible) == 1
 
 
+class Keeping(nn.Module):
+    """Makes a table once, of nothing or of its own buffer, and keeps it."""
+
+    def __init__(self, place: str) -> None:
+        super().__init__()
+        self.place, self.kept = place, {}
+        self.register_buffer("grid", torch.arange(4.0))
+        self.register_buffer("table", None, persistent=False)
+        self.weight = nn.Parameter(torch.ones(2, 2))
+
+    def make(self) -> Tensor:
+        rows = torch.arange(2.0).reshape(1, -1).expand(2, 2)
+        return rows.reshape(4).reshape(2, 2) + self.grid.reshape(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        table = {
+            "buffer": self.table,
+            "dictionary": self.kept.get("table"),
+            "attribute": vars(self).get("own"),
+        }
+        found = table.get(self.place)
+        if found is None:
+            found = self.make()
+            if self.place == "buffer":
+                self.table = found
+            elif self.place == "dictionary":
+                self.kept["table"] = [found]
+            else:
+                self.own = (found,)
+        found = found[0] if isinstance(found, (list, tuple)) else found
+        return x.reshape(3, 4) + (self.weight.reshape(4) + found.reshape(4))[:2].sum()
+
+
+@pytest.mark.parametrize("place", ["buffer", "dictionary", "attribute"])
+def test_what_a_module_keeps_from_one_run_to_the_next_does_not_count(place: str) -> None:
+    module = make_flexible(Keeping(place), "", {"reshape 0": {"0": 6, "1": 3}, "reshape 1": {"0": 4}})
+    first, second = module(torch.ones(2, 9)), module(torch.ones(2, 9))
+    assert first.shape == (6, 3) and torch.equal(first, second)
+
+
 class Inner(nn.Module):
     def __init__(self) -> None:
         super().__init__()

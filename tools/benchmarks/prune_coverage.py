@@ -309,8 +309,13 @@ def macs(module: Any, images: Any) -> int:
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
+    learned = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in learned:  # the counter fails at views that are made of them without gradients
+        parameter.requires_grad_(False)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         module(images)
+    for parameter in learned:
+        parameter.requires_grad_(True)
     return counter.get_total_flops() // 2
 
 
