@@ -49,6 +49,7 @@ SCRIPTS = (
     "data_efficiency",
     "galore",
     "kv_cache",
+    "kv_cache_peer",
     "gather_mlp",
     "decode_attention",
     "contextual_sparsity",
