@@ -88,10 +88,28 @@ def kv_quality(values: Values) -> str:
     )
 
 
+def kv_peer(values: Values) -> str:
+    """A row for each text and policy: perplexity over the full cache's, ours and kvpress's."""
+    rows = []
+    for text, policies in values["rows"].items():
+        full = policies["full"]["cveff"]["perplexity"]
+        for name, row in policies.items():
+            cells = []
+            for who in ("cveff", "kvpress"):
+                found = row.get(who)
+                cells += [f"{found['perplexity'] / full:.4f}", f"{found['kept']:.1%}"] if found else ["", ""]
+            same = row.get("same_tokens")
+            rows.append([text, name, *cells, "" if same is None else f"{same:.1%}"])
+    return markdown(
+        ["text", "policy", "cveff", "of the prompt kept", "kvpress", "of the prompt kept", "same tokens"], rows
+    )
+
+
 TABLES: dict[str, tuple[str, Callable[[Values], str]]] = {
     "gather_mlp": ("gather_mlp", gather_mlp),
     "decode_attention": ("decode_attention", decode_attention),
     "kv_memory": ("kv_cache", kv_memory),
     "kv_attention": ("kv_cache", kv_attention),
     "kv_quality": ("kv_cache", kv_quality),
+    "kv_peer": ("kv_cache_peer", kv_peer),
 }
