@@ -101,7 +101,8 @@ def kv_peer(values: Values) -> str:
             same = row.get("same_tokens")
             rows.append([text, name, *cells, "" if same is None else f"{same:.1%}"])
     return markdown(
-        ["text", "policy", "cveff", "of the prompt kept", "kvpress", "of the prompt kept", "same tokens"], rows
+        ["text", "policy", "cveff", "of the prompt kept", "kvpress", "of the prompt kept", "same tokens"],
+        rows,
     )
 
 
