@@ -180,6 +180,7 @@ def deploy(
             clips=saturates(target.instruction_sets),
             seed=seed,
             progress=progress,
+            exported=work / ONNX,
         )
         measured = measure(original, int8, images, target, max_accuracy_drop, work, seed, progress)
         manifest = deployment_manifest(name, shipped, images, target, max_accuracy_drop, measured)

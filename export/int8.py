@@ -53,6 +53,7 @@ class Int8:
         max_accuracy_drop: points on them that it may lose.
         scheme: how tensors are rounded in files for ONNX Runtime (`cveff.target.Scheme`).
         clips: whether the device's integer kernels clip 16-bit sums (x86 without VNNI): channels are narrowed then.
+        exported: the model's file in float32, where there is one.
     """
 
     model: Model
@@ -64,6 +65,7 @@ class Int8:
     clips: bool = False
     seed: int = 0
     progress: Progress = field(default_factory=Silent)
+    exported: Path | None = None
     _found: Quantized | None = field(default=None, init=False, repr=False)
     _written: dict[Path, Quantized] = field(default_factory=dict, init=False, repr=False)
     _described: dict[Path, dict[str, Any]] = field(default_factory=dict, init=False, repr=False)
@@ -111,6 +113,8 @@ class Int8:
         points = Points.of(self.model.module, self.selection, self.model.spec.input, seed=self.seed)
         with EngineTimer(target, "onnxruntime") as timer:
             timer.use(found.of(self.model), self.onnx())
+            if self.exported is not None:
+                timer.use(self.model, self.exported)
             search = MixedPrecision(self._work(), timer, points, self.max_accuracy_drop, ENOUGH)
             mixed = search.search(self.model, found, self._batches())
         for line in mixed.lines():

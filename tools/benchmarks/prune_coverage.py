@@ -11,7 +11,7 @@ One process a row, with a time limit; rows that are in the file are not measured
 environment of its own, which needs timm, onnxscript and onnxruntime besides:
 
 python -m venv --system-site-packages peer && peer/bin/pip install torch-pruning==1.6.1
-python tools/benchmarks/prune_coverage.py --peer-python peer/bin/python    # about an hour on two cores
+python tools/benchmarks/prune_coverage.py --peer-python peer/bin/python    # two hours on two cores
 """
 
 from __future__ import annotations
@@ -71,19 +71,55 @@ LISTED = (
 MORE = (
     "beit_base_patch16_224",
     "caformer_s18",
+    "cait_xxs24_224",
+    "coat_lite_tiny",
     "coatnet_nano_rw_224",
+    "convit_tiny",
     "crossvit_9_240",
+    "cs3darknet_s",
     "davit_tiny",
     "dla60_res2next",
+    "dpn68",
+    "eca_botnext26ts_256",
     "efficientvit_b0",
+    "efficientvit_m0",
+    "ese_vovnet19b_dw",
+    "eva02_tiny_patch14_224",
+    "fasternet_t0",
+    "focalnet_tiny_srf",
+    "gcresnet33ts",
+    "gcvit_xxtiny",
+    "gernet_s",
+    "ghostnetv3_100",
+    "halonet26t",
+    "hiera_tiny_224",
     "hrnet_w18_small",
+    "inception_v3",
+    "mambaout_femto",
     "maxvit_rmlp_pico_rw_256",
     "mixer_s32_224",
+    "mvitv2_tiny",
+    "nest_tiny",
     "nextvit_small",
+    "pit_ti_224",
     "pvt_v2_b0",
+    "rdnet_tiny",
+    "repghostnet_050",
     "res2net50_14w_8s",
+    "resnest14d",
+    "resnetv2_50",
+    "rexnet_100",
+    "selecsls42b",
+    "shvit_s1",
+    "skresnet18",
+    "tf_efficientnetv2_b0",
+    "tnt_s_legacy_patch16_224",
     "twins_svt_small",
+    "visformer_tiny",
+    "vit_relpos_small_patch16_224",
     "vit_small_patch14_reg4_dinov2",
+    "volo_d1_224",
+    "xception41",
     "xcit_nano_12_p16_224",
 )
 QUICK = ("mobilenetv4_conv_small", "levit_128s")
