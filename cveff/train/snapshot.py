@@ -10,7 +10,7 @@ from cveff.errors import CheckpointError
 from cveff.model import build
 from cveff.train.compute import Compute
 from cveff.train.sharded import cut_moments, load_whole
-from cveff.train.state import differences, identity, load_state
+from cveff.train.state import differences, identity, load_state, since_added
 
 if TYPE_CHECKING:
     from cveff.train.loop import Trainer
@@ -56,7 +56,8 @@ def resume(run: Trainer) -> None:
     if path is None or not path.is_file():
         return
     state = load_state(path)
-    changed = differences(state.get("settings", {}), _identity(run))
+    defaults = {"train": identity(asdict(type(run.settings)()), {})["train"]}
+    changed = differences(since_added(state.get("settings", {}), defaults), _identity(run))
     if changed:
         raise CheckpointError(
             f"{path} was written by a run with other settings ({changed}); resume with the same ones, "

@@ -87,6 +87,16 @@ def identity(settings: Mapping[str, Any], objective: Mapping[str, Any], **others
     return {**({"objective": dict(objective)} if objective else {}), "train": kept, **others}
 
 
+def since_added(before: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested settings of a state that an older release wrote: those it did not have yet were as `defaults` are."""
+    found = dict(before)
+    for key, default in defaults.items():
+        old = found.setdefault(key, default)
+        if isinstance(old, Mapping) and isinstance(default, Mapping):
+            found[key] = since_added(old, default)
+    return found
+
+
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> str:
     """The first few keys that differ between two nested settings, as "train.epochs: 5 then, 6 now"; "" if none."""
     found = []

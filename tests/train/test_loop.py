@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from cveff.log import FileLog
 from cveff.model import Model
 from cveff.runtime.input_spec import InputSpec
 from cveff.train import Train
+from cveff.train.state import load_state, save_state
 
 TINY = {"widths": [4, 8], "depths": [1, 1]}
 SETTINGS = Train(
@@ -106,6 +108,7 @@ def test_resuming_between_epochs_is_bit_identical(digits: Data, tmp_path: Path, 
 SCRIPT = """
 import sys, torch
 torch.set_num_threads(1)
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 sys.path.insert(0, {tests!r})
@@ -193,6 +196,24 @@ def test_resuming_with_other_settings_is_refused(digits: Data, tmp_path: Path) -
     cveff.apply(tiny(digits), SETTINGS, data=digits, folder=tmp_path)
     with pytest.raises(CheckpointError, match=r"train\.epochs: 3 then, 4 now"):
         cveff.apply(tiny(digits), replace(SETTINGS, epochs=4), data=digits, folder=tmp_path, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"), [({}, None), ({"clip_norm": 1.0}, "train.clip_norm: 0.0 then, 1.0 now")]
+)
+def test_a_state_of_a_release_without_a_setting_had_its_default(
+    digits: Data, tmp_path: Path, given: dict[str, float], words: str | None
+) -> None:
+    short = replace(SETTINGS, epochs=1)
+    first = cveff.apply(tiny(digits), short, data=digits, folder=tmp_path)
+    state = load_state(tmp_path / "state.safetensors")
+    del state["settings"]["train"]["clip_norm"], state["settings"]["train"]["difficulty"]
+    save_state(tmp_path / "state.safetensors", state)
+    with pytest.raises(CheckpointError, match=words) if words else nullcontext():
+        again = cveff.apply(
+            tiny(digits, seed=3), replace(short, **given), data=digits, folder=tmp_path, resume=True
+        )
+        assert equal(first, again)
 
 
 def test_a_damaged_state_is_refused(digits: Data, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from cveff.train.flops import training_flops
 from cveff.train.incubation.parts import Part, reduced
 from cveff.train.loop import fit
 from cveff.train.objective import CrossEntropy
-from cveff.train.state import differences, load_state, save_state
+from cveff.train.state import differences, load_state, save_state, since_added
 
 if TYPE_CHECKING:
     from cveff.train.train import Train
@@ -109,7 +109,8 @@ def do(phase: Phase, progress: Progress | None = None) -> Outcome:
     }
     if phase.resume and path.is_file():
         state = load_state(path)
-        if changed := differences(state.get("identity", {}), identity):
+        before = since_added(state.get("identity", {}), {"train": asdict(type(phase.train)())})
+        if changed := differences(before, identity):
             raise CheckpointError(
                 f"{path} was written with other settings ({changed}); resume with the same ones, or train into "
                 "another folder"
