@@ -102,6 +102,27 @@ def export_answer(
     return path
 
 
+def trace(model: Model, opset: int = OPSET) -> onnx.ModelProto:
+    """The graph of a model that answers logits as the exporter writes it, which `serialize` makes a file of.
+
+    Raises:
+        ExportError: the exporter cannot express the network, or it is larger than 2 GB.
+    """
+    _refuse_too_large(model)
+    shipped = task_outputs.answer(model)
+    return _trace(deployable(shipped.network, model.spec.input), model, opset, shipped.names)
+
+
+def serialize(traced: onnx.ModelProto, model: Model) -> bytes:
+    """The file of a graph that `trace` returned, edited since or not; its answers are compared with nothing.
+
+    Raises:
+        ExportError: onnxslim cannot simplify it, or the result is not valid ONNX.
+    """
+    shipped = task_outputs.answer(model)
+    return _finish(simplify(traced), model, shipped.network, shipped, check=False)
+
+
 def _finish(
     proto: onnx.ModelProto,
     model: Model,

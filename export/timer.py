@@ -6,15 +6,17 @@ import hashlib
 import json
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 
 import numpy as np
 
+from cveff.compress.quant.post_training import Quantized
 from cveff.edits import edit_to_json
 from cveff.errors import CveffError, ExportError, TargetError
+from cveff.export.float_parts import FloatParts
 from cveff.export.onnx import example_images, export
 from cveff.measure.latency import Clock, Latency, compare
 from cveff.measure.threads import pinned_threads
@@ -74,6 +76,18 @@ class EngineTimer:
         """Time the file `path`, which `model` was exported to before, instead of exporting it again."""
         self._files[structure(model)] = path
 
+    def use_parts(self, model: Model, found: Quantized, parts: Sequence[Quantized]) -> None:
+        """Time files that are cut from one export of `found`, which is `model` rounded throughout, for `parts` of it.
+
+        Raises:
+            ExportError: the network cannot be exported.
+        """
+        folder = self._in_folder()
+        files = FloatParts(model, found, [part.placement for part in parts])
+        for part in parts:
+            key = structure(part.of(model))
+            self._files[key] = files.write(part.placement, folder / f"{key}.onnx")
+
     def milliseconds(self, models: Mapping[str, Model]) -> dict[str, float]:
         """Median milliseconds of a call at `batch` images, all models timed in turns.
 
@@ -125,11 +139,14 @@ class EngineTimer:
     def _exported(self, model: Model) -> Path:
         key = structure(model)
         if key not in self._files:
-            if self._folder is None:
-                self._folder = tempfile.TemporaryDirectory(prefix="cveff-timer-")
             # Answers are compared with PyTorch's when the model is shipped; here only its time counts.
-            self._files[key] = export(model, Path(self._folder.name) / f"{key}.onnx", check=False)
+            self._files[key] = export(model, self._in_folder() / f"{key}.onnx", check=False)
         return self._files[key]
+
+    def _in_folder(self) -> Path:
+        if self._folder is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="cveff-timer-")
+        return Path(self._folder.name)
 
 
 class _OnOwnImages:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -88,13 +88,28 @@ class Mixed:
         }
 
 
+@runtime_checkable
+class PartsTimer(Protocol):
+    """A timer that need not export each of several networks that differ in what is rounded."""
+
+    def use_parts(self, model: Model, found: Quantized, parts: Sequence[Quantized]) -> None:
+        """Make ready to time `parts`.
+
+        Args:
+            model: in floats.
+            found: the same, rounded throughout.
+            parts: of it, as `without` returns them.
+        """
+        ...
+
+
 @dataclass
 class MixedPrecision:
     """The search.
 
     Attributes:
         work: how the network is rounded.
-        timer: on the engine that the file is for.
+        timer: on the engine that the file is for; a `PartsTimer` is quicker.
         points: what losses are measured by.
         max_accuracy_drop: points that may be lost.
         enough: where 8 bits throughout take this share of floats' time or less, and keep to the limit, nothing is
@@ -126,6 +141,8 @@ class MixedPrecision:
         parts = self._parts(found)
         variants = {part.name: without(found, part.operators) for part in parts} if len(parts) > 1 else {}
         models = {FP32: model, INT8: found.of(model)}
+        if isinstance(self.timer, PartsTimer) and variants:
+            self.timer.use_parts(model, found, list(variants.values()))
         self.work.progress.message(f"timing {len(variants)} segments in floats, each with the rest in 8 bits")
         alone = {f"{name} in floats": variant.of(model) for name, variant in variants.items()}
         times = self.timer.milliseconds({**models, **alone})

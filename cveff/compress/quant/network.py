@@ -127,8 +127,7 @@ def insert(graph: fx.GraphModule, placement: Placement) -> Roundings:
                 f"{layer.reader} has no weight of its own; this model was written for another network"
             )
         path = f"{ROUNDING}.w{len(weights)}"
-        if len(node.args) < 3 or node.args[2] is None:
-            _add_bias(graph, node, value.shape[layer.axis])
+        add_bias(graph, node, layer.axis)
         sizes = () if layer.per_tensor else (value.shape[layer.axis], layer.axis)
         weights[layer.reader] = FakeQuantize(layer.grid, *sizes)
         graph.add_submodule(path, weights[layer.reader])
@@ -175,14 +174,23 @@ def is_cast(module: nn.Module) -> bool:
     return any(value.dtype in (torch.float16, torch.bfloat16) for value in module.state_dict().values())
 
 
-def _add_bias(graph: fx.GraphModule, node: fx.Node, size: int) -> None:
-    """A bias of zeros, so that what rounding does to a layer's mean can be put right."""
+def add_bias(graph: fx.GraphModule, node: fx.Node, axis: int) -> None:
+    """A bias of zeros for a layer without one, in place, so that what rounding does to its mean can be put right.
+
+    Args:
+        node: the layer's operator in a captured graph.
+        axis: of the output channels of its weight.
+    """
+    if len(node.args) > 2 and node.args[2] is not None:
+        return
     weight: Any = node.args[1]
+    value = constant(graph, weight)
+    assert value is not None
     owner = str(weight.target).rpartition(".")[0]
     holder = graph.get_submodule(owner)
     name = "bias" if getattr(holder, "bias", None) is None else "added_bias"
     path = f"{owner}.{name}" if owner else name
-    set_parameter(graph, path, torch.zeros(size))
+    set_parameter(graph, path, torch.zeros(value.shape[axis]))
     with graph.graph.inserting_before(node):
         bias = graph.graph.get_attr(path)
     node.args = (*node.args[:2], bias, *node.args[3:])
