@@ -246,10 +246,40 @@ def repairs(values: Values) -> str:
     return markdown(header, rows)
 
 
+def prune_quality(values: Values) -> str:
+    """A row for each network, seed and tool: accuracy before and after it was trained again, and the file's time."""
+    rows = []
+    for name, row in values["rows"].items():
+        times = values["times"].get(name)
+        if times is None:
+            continue
+        dense = row["dense"]
+        rows.append(
+            [name, "dense", f"{100 * dense['accuracy']:.2f}%", "", "1.000", f"{dense['parameters']:,}"]
+        )
+        for key, trained in sorted(row.items()):
+            tool, _, kind = key.partition(", ")
+            if not kind:
+                continue
+            rows.append(
+                [
+                    name,
+                    f"{tool}, {'taught by the dense network' if kind == 'distilled' else 'labels'}",
+                    f"{100 * row[tool]['accuracy']:.2f}%",
+                    f"{100 * trained['accuracy']:.2f}%",
+                    f"{times[tool]['latency']:.3f} ({times[tool]['least']:.3f}–{times[tool]['most']:.3f})",
+                    f"{trained['parameters']:,}",
+                ]
+            )
+    header = ["network, seed", "tool", "pruned", "trained again", "time of the file over dense", "parameters"]
+    return markdown(header, rows)
+
+
 TABLES: dict[str, Callable[[Values], str]] = {
     make.__name__: make
     for make in (
         prune_coverage,
+        prune_quality,
         latency_table,
         latency_goals,
         low_rank,
