@@ -275,6 +275,38 @@ def prune_quality(values: Values) -> str:
     return markdown(header, rows)
 
 
+def prune_quality_means(values: Values) -> str:
+    """A row for each network, means over its seeds; the better of torch-pruning's criteria in each."""
+    names = {
+        "mobile": "MobileNetV4-small",
+        "resnet": "ResNet-18, half the width",
+        "vit": "ViT, 6 blocks of 128",
+    }
+    rows = []
+    for name, label in names.items():
+        done = [values["rows"][key] for key in values["times"] if key.startswith(f"{name}-")]
+        if not done:
+            continue
+        peers = [
+            max(row[key]["accuracy"] for key in row if key.startswith("torch-pruning") and "," in key)
+            for row in done
+        ]
+        figures = (
+            [row["dense"]["accuracy"] for row in done],
+            [row["cveff, distilled"]["accuracy"] for row in done],
+        )
+        rows.append(
+            [
+                label,
+                *(f"{100 * statistics.mean(column):.2f}%" for column in (*figures, peers)),
+                f"{len(done)}",
+            ]
+        )
+    return markdown(
+        ["", "dense", "cveff, half the time", "torch-pruning's better, half the time", "seeds"], rows
+    )
+
+
 TABLES: dict[str, Callable[[Values], str]] = {
     make.__name__: make
     for make in (

@@ -176,6 +176,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "export_table": ("export_table", choices_tables.export_table),
     **{name: ("choices", make) for name, make in choices_tables.TABLES.items()},
     **{name: (name, make) for name, make in compression_tables.TABLES.items()},
+    "prune_quality_means": ("prune_quality", compression_tables.prune_quality_means),
     **decoder_tables.TABLES,
 }
 
