@@ -4,6 +4,7 @@ On the mobile CNN and the ViT of `dense_models.py`. The last figures are of the 
 file, on the 10,000 test images, timed interleaved with the dense file.
 
 python tools/benchmarks/compress_chain.py
+python tools/benchmarks/compress_chain.py --only vit --prune 0.25   # where 8 bits buy nothing, more has to go before
 python tools/benchmarks/compress_chain.py --quick    # one epoch of everything: that it works
 """
 
@@ -32,6 +33,7 @@ from cveff.target import load_target
 NAMES = ("mobile", "vit")
 SPEEDUP, MAX_DROP_POINTS = 4.0, 1.0
 PRUNE, LOW_RANK = 0.4, 0.85
+"""Goals of the first two steps, as shares of the latency before them."""
 
 
 def main() -> None:
@@ -40,14 +42,15 @@ def main() -> None:
     results = common.Results(
         arguments.out,
         __file__,
-        {"prune": PRUNE, "depth": True, "low_rank": LOW_RANK, "epochs": arguments.epochs},
+        {"depth": True, "low_rank": LOW_RANK, "epochs": arguments.epochs},
         arguments.fresh,
     )
     data = cveff.data.load("fashion-mnist", seed=0)
     networks = results.values.setdefault("networks", {})
     for name in arguments.only:
-        if "bundle" not in networks.get(name, {}):
-            networks[name] = _chain(name, data, arguments)
+        key = f"{name}, pruned to {arguments.prune:g}"
+        if "bundle" not in networks.get(key, {}):
+            networks[key] = _chain(name, data, arguments)
             results.save()
     common.table(
         "Prune + low-rank + distil + int8, Fashion-MNIST at 64×64, batch 1",
@@ -84,10 +87,10 @@ def _chain(name: str, data: Data, arguments: argparse.Namespace) -> dict[str, An
         recover = replace(recover, epochs=1, warmup_epochs=0.0)
     between = replace(recover, epochs=max(1, recover.epochs // 4))
     progress = common.Lines(name)
-    folder = arguments.models / f"{name}-0-chain"
+    folder = arguments.models / f"{name}-0-chain-{arguments.prune:g}"
     dense = dense_models.dense(name, 0, data, arguments.models, progress, arguments.epochs)
     steps = {
-        "prune": Prune(latency=PRUNE, depth=True, recover=Distill(train=between)),
+        "prune": Prune(latency=arguments.prune, depth=True, recover=Distill(train=between)),
         "low-rank": LowRank(latency=LOW_RANK),
         "distil": Distill(train=recover),
     }
@@ -165,6 +168,9 @@ def _arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", nargs="+", choices=NAMES, default=list(NAMES))
+    parser.add_argument(
+        "--prune", type=float, default=PRUNE, help="share of the dense file's time, of (0, 1)"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--fresh", action="store_true")
