@@ -307,11 +307,33 @@ def prune_quality_means(values: Values) -> str:
     )
 
 
+def compress_chain(values: Values) -> str:
+    """A row for each step of each chain, and for the bundle that it ended in."""
+    rows = []
+    for name, network in values["networks"].items():
+        for step, found in network["steps"].items():
+            figures = [f"{100 * found['accuracy']:.2f}%", f"{found['share']:.3f}", f"{found['parameters']:,}"]
+            rows.append([name, step, *figures])
+        bundle = network["bundle"]
+        low, high = bundle["speedup_interval"]
+        rows.append(
+            [
+                name,
+                f"bundle: {bundle['engine']} {bundle['precision']}",
+                f"{100 * bundle['accuracy']:.2f}%",
+                f"{1 / bundle['speedup']:.3f} ({1 / high:.3f}–{1 / low:.3f})",
+                f"{bundle['size_bytes'] / 1000:.0f} kB",
+            ]
+        )
+    return markdown(["network", "step", "test", "time over dense", "parameters, or the file"], rows)
+
+
 TABLES: dict[str, Callable[[Values], str]] = {
     make.__name__: make
     for make in (
         prune_coverage,
         prune_quality,
+        compress_chain,
         latency_table,
         latency_goals,
         low_rank,
